@@ -136,7 +136,8 @@ def test_answers_pass_their_own_checker_and_wrong_ones_fail(clips):
     ("the red ball will hit the blue egg", "the red ball will hit the blue egg and the blue egg will break", False),
     ("the red ball will hit the blue egg and the red ball will break", "the red ball will hit the blue egg and the blue egg will break", False),
     ("the blue egg will hit the red ball and the blue egg will break", "the red ball will hit the blue egg and the blue egg will break", False),
-    ("yes no", "yes", False), ("there is no red ball", "it did not move", False), ("not right", "right", False),
+    ("yes no", "yes", False), ("there is no red ball", "the red ball did not move", False),
+    ("the red ball did not move", "the red ball moved right", False), ("the red ball moves right", "the red ball moved right", True),
 ])
 def test_checker(given, truth, same):
     assert world.check(given, truth) is same

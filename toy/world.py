@@ -459,12 +459,12 @@ def write_mp4(path, frames, fps=FPS):
 
 NUMBERS = ["zero", "one", "two", "three", "four"]
 PAST = {"break": "broke", "pop": "popped", "fall": "fell in", "roll": "rolled", "slide": "slid", "drift": "drifted",
-        "stop": "stopped", "bounce": "bounced", "start": "started moving", "hit": "hit", "reach": "reached"}
+        "stop": "stopped", "bounce": "bounced", "start": "moved", "hit": "hit", "reach": "reached"}
 PRESENT = {"break": "breaks", "pop": "pops", "fall": "falls in", "roll": "rolls", "slide": "slides", "drift": "drifts",
-           "stop": "stops", "bounce": "bounces", "start": "starts moving", "hit": "hits", "reach": "reaches"}
+           "stop": "stops", "bounce": "bounces", "start": "moves", "hit": "hits", "reach": "reaches"}
 FUTURE = {v: "will " + (v if v != "fall" else "fall in") for v in (*EFFECTS, "hit", "reach")}
 DIRECTIONS = ["left", "right", "up", "down"]
-STILL = "it did not move"
+STILL = "still"                                    # what motion_of says of a thing that never moved
 COLOUR_ORDER = [*COLOURS, HOLE_COLOUR]
 
 # the paper's own two prompts (§3.3.1), as phrasings among others
@@ -488,8 +488,6 @@ QUESTIONS = {                                      # type → phrasings; {x}, {y
     "order": ["what happened first , the {x} or the {y} ?", "which came first , the {x} or the {y} ?"],
     "counterfactual": ["would the {x} {y} without the {z} ?", "if there were no {z} , would the {x} {y} ?"],
 }
-CLOSED = {"count": NUMBERS[1:], "moved": NUMBERS[:4], "direction": [*DIRECTIONS, STILL], "colour": list(COLOURS),
-          "kind": [("an " if k[0] in "aeiou" else "a ") + k for k in KINDS if k != "hole"], "counterfactual": ["yes", "no"]}
 
 
 def a(noun):
@@ -573,12 +571,14 @@ def question_sets(clip, rng) -> list[tuple]:
     """Everything one may ask about a clip: [(type, {slots}, answer, options | None)], before phrasing."""
     things, seen, out = clip.things, clip.visible, []
     kinds = [t.kind for t in things]
-    out.append(("count", {}, NUMBERS[len(things)], CLOSED["count"]))
-    out.append(("moved", {}, NUMBERS[len(movers(clip))], CLOSED["moved"]))
+    out.append(("count", {}, NUMBERS[len(things)], NUMBERS[1:]))
+    out.append(("moved", {}, NUMBERS[len(movers(clip))], NUMBERS[:5]))
     ways = [(i, motion_of(clip, i)) for i in rng.permutation(len(things)) if kinds[i] != "hole"]
     still, going = [w for w in ways if w[1] == STILL], [w for w in ways if w[1] in DIRECTIONS]
     for i, way in going[:2] + still[:int(rng.random() < .5)]:
-        out.append(("direction", {"x": things[i].name}, way, CLOSED["direction"]))
+        name = things[i].name
+        options = [*(f"the {name} moved {d}" for d in DIRECTIONS), f"the {name} did not move"]
+        out.append(("direction", {"x": name}, options[[*DIRECTIONS, STILL].index(way)], options))
     present = {t.name for t in things}
     colours = [t.colour for t in things if t.kind != "hole"] if rng.random() < .5 else list(COLOURS)
     name = f"{str(rng.choice(colours))} {rng.choice([k for k in KINDS if k != 'hole'])}"
@@ -590,8 +590,8 @@ def question_sets(clip, rng) -> list[tuple]:
     for i in rng.permutation(len(things))[:2]:
         if kinds[i] != "hole":
             if kinds.count(kinds[i]) == 1:
-                out.append(("colour", {"x": kinds[i]}, things[i].colour, CLOSED["colour"]))
-            out.append(("kind", {"x": things[i].colour}, a(kinds[i]), CLOSED["kind"]))
+                out.append(("colour", {"x": kinds[i]}, f"the {kinds[i]} is {things[i].colour}", [f"the {kinds[i]} is {c}" for c in COLOURS]))
+            out.append(("kind", {"x": things[i].colour}, a(things[i].name), [a(f"{things[i].colour} {k}") for k in KINDS if k != "hole"]))
     effects = [e for e in seen if e.type in EFFECTS]
     for e in effects:
         once = sum((f.subject, f.type) == (e.subject, e.type) for f in effects) == 1
@@ -602,7 +602,7 @@ def question_sets(clip, rng) -> list[tuple]:
     if effects and not clip.next_hit:
         last = effects[-1]
         out.append(("bare why", {}, f"{clause(clip, last, PAST, False)} because {because(clip, last)}", None))
-        steps = [clause(clip, e, PAST) for e in chain_to(clip, last)]
+        steps = [clause(clip, e, PAST, False) for e in chain_to(clip, last)]
         out.append(("explain", {}, " . ".join(steps), None))
     if clip.next_hit:
         pair = {things[clip.next_hit.subject].kind, things[clip.next_hit.object].kind}
@@ -676,13 +676,13 @@ def knowledge(mover, target, rng) -> str:
 # --------------------------------------------------------------------------- the checker
 
 BASE = {form: verb for table in (PAST, PRESENT) for verb, form in ((v, f.split()[0]) for v, f in table.items())}
-BASE.update({verb: verb for verb in PAST})
-IGNORED = {"the", "a", "an", "will", "because", "moving", "in", "of", "them", "then"}
+BASE.update({verb: verb for verb in PAST} | {"move": "start"})
+IGNORED = {"the", "a", "an", "will", "in", "then"}
 
 
 def normalise(text: str) -> list[tuple[str, ...]]:
     """A sentence as its clauses, each a tuple of base-form words: tense, articles and punctuation carry no meaning."""
-    words = re.findall(r"[a-z]+|[.,]", text.lower().replace("started to move", "started moving"))
+    words = re.findall(r"[a-z]+|[.,]", text.lower().replace("started moving", "moved"))
     clauses, current = [], []
     for word in [*words, "."]:
         if word in (".", ",", "and"):
@@ -721,6 +721,16 @@ def sample_id(split, seed, index, held_out=False) -> str:
     return f"{split}-{seed}-{index:05d}" + ("-held-out" if held_out else "")
 
 
+def title(clip: Clip) -> str:
+    """A file name that a person can tell apart: what is about to meet, or what became of the last thing affected."""
+    if clip.next_hit:
+        words = f"{clip.things[clip.next_hit.subject].name} nears {clip.things[clip.next_hit.object].name}"
+    else:
+        last = [e for e in clip.visible if e.type in EFFECTS or e.type == "start"][-1]
+        words = f"{clip.things[last.subject].name} {PRESENT[last.type]}"
+    return words.replace(" ", "-")
+
+
 def write_clip(clip: Clip, name: str, folder: Path) -> list[dict]:
     """Write one mp4 and return its records, one per question."""
     write_mp4(folder / f"{name}.mp4", render(clip)[0])
@@ -735,19 +745,20 @@ def main():
     parser.add_argument("--clips", type=int, default=20, help="how many clips to make (default 20)")
     parser.add_argument("--seed", type=int, default=0, help="which stream of clips; the same seed makes the same clips")
     parser.add_argument("--split", choices=["train", "val", "test"], default="train", help="disjoint streams (default train)")
-    parser.add_argument("--held_out", action="store_true", help="clips of the kind pairs that no training video shows")
+    parser.add_argument("--held_out", type=int, default=0, metavar="N", help="N more clips, of the kind pairs that no training video shows")
+    parser.add_argument("--titles", action="store_true", help="name files after what happens in them instead of by number")
     parser.add_argument("--out", type=Path, required=True, help="folder for the mp4 files and samples.jsonl")
     args = parser.parse_args()
     from tqdm import tqdm
     args.out.mkdir(parents=True, exist_ok=True)
     aside = args.out / "samples.jsonl.part"
     with open(aside, "w") as file:
-        for i in tqdm(range(args.clips), desc="clips"):
-            clip = make_clip(args.seed, i, args.split, args.held_out, cut=True if args.held_out else None)
-            for record in write_clip(clip, sample_id(args.split, args.seed, i, args.held_out), args.out):
-                file.write(json.dumps(record) + "\n")
+        for i, held_out in tqdm([(i, False) for i in range(args.clips)] + [(i, True) for i in range(args.held_out)], desc="clips"):
+            clip = make_clip(args.seed, i, args.split, held_out, cut=True if held_out else None)
+            name = f"{title(clip)}-{i}" if args.titles else sample_id(args.split, args.seed, i, held_out)
+            file.writelines(json.dumps(record) + "\n" for record in write_clip(clip, name, args.out))
     aside.rename(args.out / "samples.jsonl")
-    print(f"{args.clips} clips and their questions: {args.out}")
+    print(f"{args.clips + args.held_out} clips and their questions: {args.out}")
 
 
 if __name__ == "__main__":
