@@ -3,11 +3,13 @@
     python data.py features --videos DIR --out DIR [--model DIR]      # every video's Z_vision, ready for any later run
 
 Records are JSON lines: {"id", "video", "question", "answer"}; without "question" the record is a caption (or "caption"
-stands in place of "answer"), without "video" it is text alone and may carry a "context" that is read before the question.
+stands in place of "answer"), without "video" it is text alone and may carry a "context" that is
+read before the question.
 """
+
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")       # a busy neighbour costs 25 × otherwise
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # a busy neighbour costs 25 × otherwise
 import argparse
 import hashlib
 import json
@@ -30,6 +32,7 @@ TOY_MODEL = ROOT / "toy" / "weights"
 @dataclass
 class Sample:
     """One question (or caption) about one video; video None: text alone."""
+
     id: str
     video: str | None
     question: str
@@ -52,10 +55,21 @@ def read_jsonl(path) -> list[Sample]:
             answer = record.get("answer", record.get("caption"))
             if not isinstance(answer, str) or not answer.strip():
                 raise ValueError('no "answer" or "caption"')
-            samples.append(Sample(str(record.get("id", number)), record.get("video"), record.get("question", CAPTION_PROMPT), answer,
-                                  record.get("options"), record.get("type", ""), record.get("context", "")))
+            samples.append(
+                Sample(
+                    str(record.get("id", number)),
+                    record.get("video"),
+                    record.get("question", CAPTION_PROMPT),
+                    answer,
+                    record.get("options"),
+                    record.get("type", ""),
+                    record.get("context", ""),
+                )
+            )
         except (ValueError, AttributeError) as error:
-            raise VidReasonError(f"unreadable record: {error} ({path}, line {number}): mend or remove the line") from error
+            raise VidReasonError(
+                f"unreadable record: {error} ({path}, line {number}): mend or remove the line"
+            ) from error
     if not samples:
         raise VidReasonError(f"no records ({path}): the file is empty")
     return samples
@@ -66,7 +80,11 @@ def read_jsonl(path) -> list[Sample]:
 
 def fingerprint(config, model_dir) -> dict:
     """What Z_vision depends on. Features with another fingerprint are stale and are refused."""
-    settings = {k: v for k, v in asdict(config).items() if not k.startswith(("fusion", "llm", "lora", "max_new", "num_queries", "time_"))}
+    settings = {
+        k: v
+        for k, v in asdict(config).items()
+        if not k.startswith(("fusion", "llm", "lora", "max_new", "num_queries", "time_"))
+    }
     for part in ("encoder_weights", "sam_weights"):
         path = Path(model_dir, settings[part])
         settings[part] = hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else settings[part]
@@ -80,7 +98,7 @@ def write_json(path, value):
 
 
 def start_worker(config, model_dir):
-    global VISION                                         # one encoder and SAM per process, not per shard
+    global VISION  # one encoder and SAM per process, not per shard
     torch.set_num_threads(1)
     VISION = (*load_vision(config, model_dir), config)
 
@@ -95,11 +113,17 @@ def encode_shard(job):
         except VidReasonError as error:
             bad[name] = str(error)
     if kept:
-        tensors = {"z_vision": torch.cat([f.z_vision for _, f in kept]).half(), "times": torch.cat([f.times for _, f in kept]),
-                   "is_object": torch.cat([f.is_object for _, f in kept])}
+        tensors = {
+            "z_vision": torch.cat([f.z_vision for _, f in kept]).half(),
+            "times": torch.cat([f.times for _, f in kept]),
+            "is_object": torch.cat([f.is_object for _, f in kept]),
+        }
         save_file(tensors, path.with_suffix(".partial"))
         path.with_suffix(".partial").rename(path)
-    write_json(path.with_suffix(".json"), {"videos": [n for n, _ in kept], "counts": [len(f.times) for _, f in kept], "bad": bad})
+    write_json(
+        path.with_suffix(".json"),
+        {"videos": [n for n, _ in kept], "counts": [len(f.times) for _, f in kept], "bad": bad},
+    )
     return len(names)
 
 
@@ -109,17 +133,21 @@ def encode_videos(model_dir, config, folder, names, out, processes=1, shard_size
     out.mkdir(parents=True, exist_ok=True)
     mark, print_ = out / "fingerprint.json", fingerprint(config, model_dir)
     if mark.exists() and json.loads(mark.read_text()) != print_:
-        raise VidReasonError(f"features were made by another encoder, SAM or settings ({out}): give another --features folder")
+        raise VidReasonError(
+            f"features were made by another encoder, SAM or settings ({out}): give another --features folder"
+        )
     write_json(mark, print_)
     known = FeatureCache(out).videos if any(out.glob("*.safetensors")) else {}
     names = [n for n in dict.fromkeys(names) if n not in known]
     start = len(list(out.glob("shard-*.json")))
-    groups = [names[i:i + shard_size] for i in range(0, len(names), shard_size)]
+    groups = [names[i : i + shard_size] for i in range(0, len(names), shard_size)]
     jobs = [(folder, group, out / f"shard-{start + i:06d}.safetensors") for i, group in enumerate(groups)]
     if not jobs:
         return
-    with multiprocessing.get_context("spawn").Pool(processes, start_worker, (config, model_dir)) as pool, \
-            tqdm(total=len(names), desc="videos → Z_vision") as bar:
+    with (
+        multiprocessing.get_context("spawn").Pool(processes, start_worker, (config, model_dir)) as pool,
+        tqdm(total=len(names), desc="videos → Z_vision") as bar,
+    ):
         for done in pool.imap_unordered(encode_shard, jobs):
             bar.update(done)
 
@@ -147,12 +175,12 @@ class FeatureCache:
         return Features(part["z_vision"].float(), part["times"], part["is_object"])
 
 
-def write_familiar(cache, path, quantile=.999):
+def write_familiar(cache, path, quantile=0.999):
     """What the clips of a cache look like, so that infer.py can say that a clip is unlike them.
 
     mean (D_v,) and whiten (D_v, D_v) of the global tokens, limit (): almost every known video stays below it.
     """
-    tokens = [cache[name].z_vision[~cache[name].is_object] for name in list(cache.videos)[:4000]]     # each (N_t, D_v)
+    tokens = [cache[name].z_vision[~cache[name].is_object] for name in list(cache.videos)[:4000]]  # each (N_t, D_v)
     flat = torch.cat(tokens).double()
     values, vectors = torch.linalg.eigh(torch.cov(flat.T) + 1e-3 * flat.var(0).mean() * torch.eye(flat.shape[1]))
     mean, whiten = flat.mean(0).float(), (vectors * values.rsqrt()).float()
@@ -166,10 +194,16 @@ def main():
     p = sub.add_parser("features", help="encode videos once: Z_vision of each, in shards")
     p.add_argument("--videos", type=Path, required=True, help="folder of videos")
     p.add_argument("--out", type=Path, required=True, help="folder for the shards; a killed run goes on")
-    p.add_argument("--model", type=Path, default=TOY_MODEL, help="model directory whose encoder and SAM are used (default: the toy)")
+    p.add_argument(
+        "--model",
+        type=Path,
+        default=TOY_MODEL,
+        help="model directory whose encoder and SAM are used (default: the toy)",
+    )
     p.add_argument("--processes", type=int, default=os.cpu_count(), help="processes that work side by side")
     args = parser.parse_args()
-    names = sorted(str(p.relative_to(args.videos)) for p in args.videos.rglob("*") if p.suffix.lower() in (".mp4", ".webm", ".mkv", ".avi", ".mov"))
+    videos = (p for p in args.videos.rglob("*") if p.suffix.lower() in (".mp4", ".webm", ".mkv", ".avi", ".mov"))
+    names = sorted(str(p.relative_to(args.videos)) for p in videos)
     if not names:
         raise VidReasonError(f"no videos ({args.videos}): name a folder that holds some")
     encode_videos(args.model, read_config(args.model), args.videos, names, args.out, args.processes)

@@ -6,9 +6,10 @@ The toy clips come from the world's test stream, which nothing was trained on or
 world's own grammar. "blind" asks the same question without the video; "majority" always says the commonest answer;
 "options" picks the likeliest of the question's options instead of generating.
 """
+
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")       # a busy neighbour costs 25 × otherwise
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # a busy neighbour costs 25 × otherwise
 import argparse
 import hashlib
 import sys
@@ -25,8 +26,12 @@ from vidreason import VidReason, VidReasonError
 
 
 def toy_questions(seed, clips, folder, split="test"):
-    """Write the clips as mp4 → one record per question. A fifth more clips show pairs of kinds that no training video shows."""
+    """Write the clips as mp4 → one record per question.
+
+    A fifth more clips show pairs of kinds that no training video shows.
+    """
     from toy import world
+
     jobs = [(i, False) for i in range(clips)] + [(i, True) for i in range(clips // 5)]
     records = []
     for index, held_out in tqdm(jobs, desc="clips"):
@@ -41,7 +46,7 @@ def answer_all(model, cache, records, blind, batch=64):
     order = sorted(range(len(records)), key=lambda i: (len(records[i]["answer"]), len(records[i]["question"])))
     answers = [""] * len(records)
     for start in tqdm(range(0, len(order), batch), desc="blind answers" if blind else "answers"):
-        part = order[start:start + batch]
+        part = order[start : start + batch]
         videos = [None if blind else cache[records[i]["video"]] for i in part]
         for i, text in zip(part, model.answer_batch(videos, [records[i]["question"] for i in part]), strict=True):
             answers[i] = text
@@ -74,28 +79,49 @@ def summarise(items):
     """Accuracy, interval, controls and n of some items."""
     answers = Counter(i["truth"] for i in items)
     options = [i["option_correct"] for i in items if i["option_correct"] is not None]
-    return {"accuracy": round(float(np.mean([i["correct"] for i in items])), 4),
-            "interval": interval([i["correct"] for i in items], [i["video"] for i in items]),
-            "blind_accuracy": round(float(np.mean([i["blind_correct"] for i in items])), 4),
-            "majority": round(answers.most_common(1)[0][1] / len(items), 4),
-            "option_accuracy": round(float(np.mean(options)), 4) if options else None, "n": len(items)}
+    return {
+        "accuracy": round(float(np.mean([i["correct"] for i in items])), 4),
+        "interval": interval([i["correct"] for i in items], [i["video"] for i in items]),
+        "blind_accuracy": round(float(np.mean([i["blind_correct"] for i in items])), 4),
+        "majority": round(answers.most_common(1)[0][1] / len(items), 4),
+        "option_accuracy": round(float(np.mean(options)), 4) if options else None,
+        "n": len(items),
+    }
 
 
 def evaluate_toy(args):
     from toy import world
+
     model = VidReason.load(args.model)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         records = toy_questions(args.seed, args.clips, folder, args.split)
-        encode_videos(args.model, model.config, folder, [r["video"] for r in records], folder / "features", args.processes, 16)
+        encode_videos(
+            args.model, model.config, folder, [r["video"] for r in records], folder / "features", args.processes, 16
+        )
         cache = FeatureCache(folder / "features")
-        answers, blind, chosen = (answer_all(model, cache, records, False), answer_all(model, cache, records, True),
-                                  choose_options(model, cache, records))
-    items = [{"id": r["id"], "video": r["video"], "type": r["type"], "question": r["question"], "options": r["options"],
-              "truth": r["answer"], "answer": a, "correct": world.check(a, r["answer"]), "blind_answer": b,
-              "blind_correct": world.check(b, r["answer"]), "option": o,
-              "option_correct": None if o is None else o == r["answer"]}
-             for r, a, b, o in zip(records, answers, blind, chosen, strict=True)]
+        answers, blind, chosen = (
+            answer_all(model, cache, records, False),
+            answer_all(model, cache, records, True),
+            choose_options(model, cache, records),
+        )
+    items = [
+        {
+            "id": r["id"],
+            "video": r["video"],
+            "type": r["type"],
+            "question": r["question"],
+            "options": r["options"],
+            "truth": r["answer"],
+            "answer": a,
+            "correct": world.check(a, r["answer"]),
+            "blind_answer": b,
+            "blind_correct": world.check(b, r["answer"]),
+            "option": o,
+            "option_correct": None if o is None else o == r["answer"],
+        }
+        for r, a, b, o in zip(records, answers, blind, chosen, strict=True)
+    ]
     by_type = defaultdict(list)
     for item in items:
         by_type[item["type"]].append(item)
@@ -104,8 +130,12 @@ def evaluate_toy(args):
         named = [i for i in by_type[t] if world.names_pair(i["answer"], i["truth"])]
         outcomes = [world.check_outcome(i["answer"], i["truth"]) for i in by_type[t]]
         summary["by_type"].get(t, {}).update(
-            outcome_accuracy=round(float(np.mean(outcomes)), 4) if outcomes else None, pair_named=len(named),
-            outcome_where_named=round(float(np.mean([world.check_outcome(i["answer"], i["truth"]) for i in named])), 4) if named else None)
+            outcome_accuracy=round(float(np.mean(outcomes)), 4) if outcomes else None,
+            pair_named=len(named),
+            outcome_where_named=round(float(np.mean([world.check_outcome(i["answer"], i["truth"]) for i in named])), 4)
+            if named
+            else None,
+        )
     return summary, items
 
 
@@ -114,28 +144,44 @@ def print_table(summary):
     for name, row in [*summary["by_type"].items(), ("all together", summary)]:
         options = "" if row["option_accuracy"] is None else f"{row['option_accuracy']:.3f}"
         low, high = row["interval"]
-        print(f"{name:16s}{row['accuracy']:9.3f}{f'{low:.3f} – {high:.3f}':>16s}{options:>9s}{row['blind_accuracy']:8.3f}"
-              f"{row['majority']:10.3f}{row['n']:7d}")
+        print(
+            f"{name:16s}{row['accuracy']:9.3f}{f'{low:.3f} – {high:.3f}':>16s}{options:>9s}{row['blind_accuracy']:8.3f}"
+            f"{row['majority']:10.3f}{row['n']:7d}"
+        )
         if row.get("outcome_accuracy") is not None:
-            print(f"  · outcome right {row['outcome_accuracy']:.3f}; the right pair named in {row['pair_named']}, "
-                  f"outcome right there {row['outcome_where_named']}")
+            print(
+                f"  · outcome right {row['outcome_accuracy']:.3f}; the right pair named in {row['pair_named']}, "
+                f"outcome right there {row['outcome_where_named']}"
+            )
 
 
 def provenance(args):
     """What a reader needs to reproduce the numbers."""
     import transformers
+
     files = sorted(p for p in Path(args.model).rglob("*.safetensors"))
-    return {"model": str(args.model), "weights_sha256": {str(p.relative_to(args.model)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files},
-            "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "numpy": np.__version__},
-            "benchmark": args.benchmark, "split": args.split, "seed": args.seed, "clips": args.clips}
+    hashes = {str(p.relative_to(args.model)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+    return {
+        "model": str(args.model),
+        "weights_sha256": hashes,
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "numpy": np.__version__},
+        "benchmark": args.benchmark,
+        "split": args.split,
+        "seed": args.seed,
+        "clips": args.clips,
+    }
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("benchmark", choices=["toy"], help="what to score on")
     parser.add_argument("--seed", type=int, default=0, help="which stream of clips (default 0)")
-    parser.add_argument("--clips", type=int, default=200, help="how many clips; a fifth more show held-out pairs (default 200)")
-    parser.add_argument("--split", choices=["val", "test"], default="test", help="val for choosing, test for reporting (default test)")
+    parser.add_argument(
+        "--clips", type=int, default=200, help="how many clips; a fifth more show held-out pairs (default 200)"
+    )
+    parser.add_argument(
+        "--split", choices=["val", "test"], default="test", help="val for choosing, test for reporting (default test)"
+    )
     parser.add_argument("--model", type=Path, default=TOY_MODEL, help="model directory (default toy/weights)")
     parser.add_argument("--out", type=Path, help="JSON file for the summary and one item per question")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="processes that look at the clips")

@@ -6,14 +6,15 @@
 Both read Z_vision from `--features`, computed once (and now, if it is not there yet). The loss is the mean over the
 target tokens of the global batch (Eq. 6), however that batch is split into micro-batches.
 """
+
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")       # a busy neighbour costs 25 × otherwise
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # a busy neighbour costs 25 × otherwise
 import json
 import math
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -33,22 +34,42 @@ TOY_DATA = ROOT / "runs" / "world" / "train"
 @dataclass
 class Settings:
     stage: int = field(metadata={"help": "1: align the fusion core on captions; 2: instruction tuning with LoRA."})
-    preset: str = field(default="toy", metadata={"help": "Model sizes and this stage's defaults.", "choices": list(PRESETS)})
-    model: str | None = field(default=None, metadata={"help": "Model directory that names the frozen parts (default: toy/weights)."})
-    init_from: str | None = field(default=None, metadata={"help": "Run whose fusion core stage 2 starts from (default: newest stage 1)."})
+    preset: str = field(
+        default="toy", metadata={"help": "Model sizes and this stage's defaults.", "choices": list(PRESETS)}
+    )
+    model: str | None = field(
+        default=None, metadata={"help": "Model directory that names the frozen parts (default: toy/weights)."}
+    )
+    init_from: str | None = field(
+        default=None, metadata={"help": "Run whose fusion core stage 2 starts from (default: newest stage 1)."}
+    )
     data: list[str] | None = field(default=None, metadata={"help": "JSONL files of records, see data.py."})
-    videos: str = field(default=str(TOY_DATA), metadata={"help": "Folder that the records' video names are relative to."})
-    features: str | None = field(default=None, metadata={"help": "Folder of Z_vision shards; missing ones are computed first."})
-    output_dir: str | None = field(default=None, metadata={"help": "Where log.jsonl, loss.png and model/ go (default: runs/stageN)."})
+    videos: str = field(
+        default=str(TOY_DATA), metadata={"help": "Folder that the records' video names are relative to."}
+    )
+    features: str | None = field(
+        default=None, metadata={"help": "Folder of Z_vision shards; missing ones are computed first."}
+    )
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Where log.jsonl, loss.png and model/ go (default: runs/stageN)."}
+    )
     max_steps: int | None = field(default=None, metadata={"help": "Optimiser steps."})
     batch: int | None = field(default=None, metadata={"help": "Videos per optimiser step."})
-    micro_batch: int | None = field(default=None, metadata={"help": "Videos per forward pass (default: all of the batch)."})
+    micro_batch: int | None = field(
+        default=None, metadata={"help": "Videos per forward pass (default: all of the batch)."}
+    )
     pairs_per_video: int | None = field(default=None, metadata={"help": "Questions of one video that share a row."})
     lr: float | None = field(default=None, metadata={"help": "Peak learning rate."})
-    lora_lr: float | None = field(default=None, metadata={"help": "Peak learning rate of the adapters (default: the same)."})
-    warmup: float | None = field(default=None, metadata={"help": "Warm-up: steps if at least 1, else a share of the run."})
+    lora_lr: float | None = field(
+        default=None, metadata={"help": "Peak learning rate of the adapters (default: the same)."}
+    )
+    warmup: float | None = field(
+        default=None, metadata={"help": "Warm-up: steps if at least 1, else a share of the run."}
+    )
     weight_decay: float | None = field(default=None, metadata={"help": "AdamW's; none on norms, biases and queries."})
-    text_share: float | None = field(default=None, metadata={"help": "Text-only records per video record in a batch (stage 2's replay)."})
+    text_share: float | None = field(
+        default=None, metadata={"help": "Text-only records per video record in a batch (stage 2's replay)."}
+    )
     seed: int = field(default=0, metadata={"help": "Seed of initialisation and sample order."})
     threads: int = field(default=os.cpu_count() or 1, metadata={"help": "CPU threads."})
     processes: int = field(default=os.cpu_count() or 1, metadata={"help": "Processes that compute missing features."})
@@ -56,10 +77,14 @@ class Settings:
 
 # The paper's values are those of preset "paper"; the toy's come from its validation split.
 DEFAULTS = {
-    ("toy", 1): dict(max_steps=1500, batch=32, pairs_per_video=1, lr=2e-3, warmup=100, weight_decay=.02, text_share=0.),
-    ("toy", 2): dict(max_steps=2500, batch=32, pairs_per_video=8, lr=1e-3, warmup=100, weight_decay=.02, text_share=.25),
-    ("paper", 1): dict(batch=2048, pairs_per_video=1, lr=1e-4, warmup=2000, weight_decay=.05, text_share=0.),
-    ("paper", 2): dict(batch=256, pairs_per_video=1, lr=2e-5, warmup=.03, weight_decay=.05, text_share=0.),
+    ("toy", 1): dict(
+        max_steps=1500, batch=32, pairs_per_video=1, lr=2e-3, warmup=100, weight_decay=0.02, text_share=0.0
+    ),
+    ("toy", 2): dict(
+        max_steps=2500, batch=32, pairs_per_video=8, lr=1e-3, warmup=100, weight_decay=0.02, text_share=0.25
+    ),
+    ("paper", 1): dict(batch=2048, pairs_per_video=1, lr=1e-4, warmup=2000, weight_decay=0.05, text_share=0.0),
+    ("paper", 2): dict(batch=256, pairs_per_video=1, lr=2e-5, warmup=0.03, weight_decay=0.05, text_share=0.0),
 }
 
 
@@ -72,9 +97,13 @@ def complete(settings: Settings) -> Settings:
     settings = replace(settings, **filled)
     names = ["captions.jsonl"] if settings.stage == 1 else ["samples.jsonl", "captions.jsonl", "text.jsonl"]
     return replace(
-        settings, model=settings.model or str(TOY_MODEL), data=settings.data or [str(TOY_DATA / n) for n in names],
-        features=settings.features or str(ROOT / "runs" / "features"), micro_batch=settings.micro_batch or settings.batch,
-        output_dir=settings.output_dir or str(ROOT / "runs" / f"stage{settings.stage}"))
+        settings,
+        model=settings.model or str(TOY_MODEL),
+        data=settings.data or [str(TOY_DATA / n) for n in names],
+        features=settings.features or str(ROOT / "runs" / "features"),
+        micro_batch=settings.micro_batch or settings.batch,
+        output_dir=settings.output_dir or str(ROOT / "runs" / f"stage{settings.stage}"),
+    )
 
 
 # --------------------------------------------------------------------------- data
@@ -83,8 +112,9 @@ def complete(settings: Settings) -> Settings:
 class Batches:
     """Which samples make up step k: a pure function of (seed, k), so that a resumed run needs no loader state."""
 
-    def __init__(self, settings, tokenizer):
-        self.settings, self.cache = settings, FeatureCache(settings.features)
+    def __init__(self, settings, model):
+        self.settings, self.cache, tokenizer = settings, FeatureCache(settings.features), model.tokenizer
+        self.num_queries = model.config.num_queries
         by_video, self.text = {}, []
         samples = [s for path in settings.data for s in read_jsonl(path)]
         for s in tqdm(samples, desc="tokens", mininterval=2):
@@ -102,12 +132,14 @@ class Batches:
         s, rng = self.settings, np.random.default_rng((self.settings.seed, k))
         epoch, first = divmod(k * s.batch, len(self.videos))
         order = [np.random.default_rng((s.seed, e, 1)).permutation(len(self.videos)) for e in (epoch, epoch + 1)]
-        chosen = [self.videos[i] for i in np.concatenate(order)[first:first + s.batch]]
-        chosen = [(name, [pairs[i] for i in rng.permutation(len(pairs))[:s.pairs_per_video]]) for name, pairs in chosen]
-        chosen.sort(key=lambda c: sum(len(p) + len(t) for p, t in c[1]))            # rows of one length waste no padding
+        chosen = [self.videos[i] for i in np.concatenate(order)[first : first + s.batch]]
+        chosen = [
+            (name, [pairs[i] for i in rng.permutation(len(pairs))[: s.pairs_per_video]]) for name, pairs in chosen
+        ]
+        chosen.sort(key=lambda c: sum(len(p) + len(t) for p, t in c[1]))  # rows of one length waste no padding
         micro = []
         for i in range(0, s.batch, s.micro_batch):
-            part = chosen[i:i + s.micro_batch]
+            part = chosen[i : i + s.micro_batch]
             vision = collate_features([self.cache[name] for name, _ in part])
             micro.append((pack([Conversation(pairs) for _, pairs in part], self.num_queries), vision))
         if self.text and s.text_share:
@@ -122,7 +154,9 @@ class Batches:
 def newest_stage1(settings):
     runs = sorted(Path(ROOT / "runs").glob("stage1*/model/fusion.safetensors"), key=lambda p: p.stat().st_mtime)
     if not settings.init_from and not runs:
-        raise VidReasonError("no stage-1 run to start from (runs/): run `python train.py --stage 1` first, or give --init_from")
+        raise VidReasonError(
+            "no stage-1 run to start from (runs/): run `python train.py --stage 1` first, or give --init_from"
+        )
     return Path(settings.init_from) if settings.init_from else runs[-1].parent
 
 
@@ -144,7 +178,7 @@ def parameter_groups(model, settings):
     groups = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
-            decay = settings.weight_decay if p.ndim == 2 and not name.endswith("queries") else 0.
+            decay = settings.weight_decay if p.ndim == 2 and not name.endswith("queries") else 0.0
             lr = settings.lora_lr or settings.lr if "lora_" in name else settings.lr
             groups.setdefault((lr, decay), []).append(p)
     return [{"params": ps, "lr": lr, "peak": lr, "weight_decay": decay} for (lr, decay), ps in groups.items()]
@@ -155,7 +189,7 @@ def schedule(step, settings):
     warmup = settings.warmup if settings.warmup >= 1 else settings.warmup * settings.max_steps
     if step < warmup:
         return (step + 1) / warmup
-    return .5 * (1 + math.cos(math.pi * (step - warmup) / max(1, settings.max_steps - warmup)))
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, settings.max_steps - warmup)))
 
 
 def describe(model):
@@ -163,49 +197,45 @@ def describe(model):
     for part in ("encoder", "sam", "fusion", "llm"):
         parameters = list(getattr(model, part).parameters())
         trained = sum(p.numel() for p in parameters if p.requires_grad)
-        print(f"  {part:8s}{sum(p.numel() for p in parameters) / 1e6:8.2f} M parameters, {trained / 1e6:.2f} M trained", flush=True)
+        print(
+            f"  {part:8s}{sum(p.numel() for p in parameters) / 1e6:8.2f} M parameters, {trained / 1e6:.2f} M trained",
+            flush=True,
+        )
 
 
-def train_step(model, optimizer, micro, tokens, precision):
-    """One optimiser step over the micro-batches of a global batch: Eq. 6 divided by its target tokens → (loss, grad norm)."""
+def train_step(model, optimizer, micro, tokens):
+    """One optimiser step over a global batch: Eq. 6 divided by all its target tokens → (loss, gradient norm)."""
     optimizer.zero_grad(set_to_none=True)
-    total = 0.
+    total = 0.0
     for packed, vision in micro:
         with precision():
             nll, _ = model(packed, *(vision or ()))
         (nll / tokens).backward()
         total += nll.item()
     trained = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = nn.utils.clip_grad_norm_(trained, 1.)
+    norm = nn.utils.clip_grad_norm_(trained, 1.0)
     optimizer.step()
     return total / tokens, norm.item()
 
 
-def cpu_precision():
-    """bf16 where the processor multiplies it (2.5 ×); plain products instead of fused attention, whose backward is slow here."""
+@contextmanager
+def precision():
+    """bf16 where the processor multiplies it (2.5 ×); plain products for attention: its fused backward is slow on CPUs."""
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    autocast = torch.autocast("cpu", torch.bfloat16) if "avx512_bf16" in flags else nullcontext()
-
-    class Both:
-        def __enter__(self):
-            self.kernel = sdpa_kernel(SDPBackend.MATH)
-            self.kernel.__enter__()
-            autocast.__enter__()
-
-        def __exit__(self, *error):
-            autocast.__exit__(*error)
-            self.kernel.__exit__(*error)
-    return Both
+    with sdpa_kernel(SDPBackend.MATH), torch.autocast("cpu", torch.bfloat16, enabled="avx512_bf16" in flags):
+        yield
 
 
 def plot(out):
     """loss.png from log.jsonl."""
     import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    log = [json.loads(line) for line in open(out / "log.jsonl")]
+
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     figure, axes = plt.subplots(figsize=(7, 4))
-    axes.plot([x["step"] for x in log], [x["loss"] for x in log], lw=.5, color="0.6", label="each step")
+    axes.plot([x["step"] for x in log], [x["loss"] for x in log], lw=0.5, color="0.6", label="each step")
     window = max(1, len(log) // 50)
     smooth = np.convolve([x["loss"] for x in log], np.ones(window) / window, "valid")
     axes.plot(range(window, len(log) + 1), smooth, "k", label=f"mean of {window}")
@@ -222,23 +252,39 @@ def run(settings):
     model = build(settings)
     names = {s.video for path in settings.data for s in read_jsonl(path) if s.video}
     encode_videos(settings.model, model.config, settings.videos, sorted(names), settings.features, settings.processes)
-    batches = Batches(settings, model.tokenizer)
-    batches.num_queries = model.config.num_queries
+    batches = Batches(settings, model)
     settings.max_steps = settings.max_steps or 4 * len(batches.videos) // settings.batch
-    print(f"stage {settings.stage}: {len(batches.videos)} videos, {settings.max_steps} steps of {settings.batch}, {settings.threads} threads")
+    print(
+        f"stage {settings.stage}: {len(batches.videos)} videos, {settings.max_steps} steps of {settings.batch}, "
+        f"{settings.threads} threads"
+    )
     describe(model)
-    optimizer = torch.optim.AdamW(parameter_groups(model, settings), betas=(.9, .98))
-    precision, began = cpu_precision(), time.time()
-    with open(out / "log.jsonl", "w") as log, tqdm(total=settings.max_steps, desc=f"stage {settings.stage}", mininterval=2) as bar:
+    optimizer = torch.optim.AdamW(parameter_groups(model, settings), betas=(0.9, 0.98))
+    began = time.time()
+    with (
+        open(out / "log.jsonl", "w") as log,
+        tqdm(total=settings.max_steps, desc=f"stage {settings.stage}", mininterval=2) as bar,
+    ):
         for step in range(settings.max_steps):
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * schedule(step, settings)
             start = time.time()
             micro, tokens = batches.step(step)
-            loss, norm = train_step(model, optimizer, micro, tokens, precision)
+            loss, norm = train_step(model, optimizer, micro, tokens)
             seconds = time.time() - start
-            log.write(json.dumps({"step": step + 1, "loss": loss, "lr": optimizer.param_groups[0]["lr"], "grad_norm": norm,
-                                  "tokens_per_s": tokens / seconds, "samples_per_s": settings.batch / seconds}) + "\n")
+            log.write(
+                json.dumps(
+                    {
+                        "step": step + 1,
+                        "loss": loss,
+                        "lr": optimizer.param_groups[0]["lr"],
+                        "grad_norm": norm,
+                        "tokens_per_s": tokens / seconds,
+                        "samples_per_s": settings.batch / seconds,
+                    }
+                )
+                + "\n"
+            )
             log.flush()
             bar.update()
             bar.set_postfix_str(f"loss {loss:.3f}, {tokens / seconds:.0f} target tokens/s")

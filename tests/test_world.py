@@ -1,4 +1,5 @@
 """The toy world keeps its own rules, its truths are true, and its checker can say no."""
+
 import json
 import subprocess
 import sys
@@ -49,7 +50,7 @@ def test_things_stay_on_the_table_and_never_overlap_deeply(clips):
                 whole = (clip.state[:, i] == 0) & (clip.state[:, j] == 0)
                 gap = np.linalg.norm(clip.trajectory[:, i] - clip.trajectory[:, j], axis=-1)
                 if "hole" not in (a.kind, b.kind):
-                    assert (gap[whole] > .6 * (world.RADIUS[a.kind] + world.RADIUS[b.kind])).all()
+                    assert (gap[whole] > 0.6 * (world.RADIUS[a.kind] + world.RADIUS[b.kind])).all()
 
 
 def test_what_rests_untouched_never_moves(clips):
@@ -68,12 +69,12 @@ def test_nothing_comes_back_from_broken_or_gone(clips):
 
 
 def test_speed_only_falls_between_events():
-    ball = world.Thing("ball", "red", (.2, .5), (.3, 0.), 0.)
+    ball = world.Thing("ball", "red", (0.2, 0.5), (0.3, 0.0), 0.0)
     clip = world.simulate([ball], frames=8)
     steps = np.diff(clip.trajectory[:, 0, 0])
     assert (steps > 0).all() and (np.diff(steps) < 0).all()
-    cube = world.simulate([world.Thing("cube", "red", (.2, .5), (.3, 0.), 0.)], frames=8)
-    assert np.allclose(np.diff(cube.trajectory[1:, 0, 0]), .3 / world.FPS, atol=1e-5)
+    cube = world.simulate([world.Thing("cube", "red", (0.2, 0.5), (0.3, 0.0), 0.0)], frames=8)
+    assert np.allclose(np.diff(cube.trajectory[1:, 0, 0]), 0.3 / world.FPS, atol=1e-5)
 
 
 def test_a_clip_is_a_pure_function_of_its_seed_and_streams_are_disjoint():
@@ -100,7 +101,11 @@ def test_cut_clips_end_before_the_hit_and_the_prediction_comes_true(clips, held_
 
 
 def test_removing_an_onlooker_changes_nothing_and_the_hitter_everything():
-    things = [world.Thing("ball", "red", (.2, .5), (.4, 0.), .1), world.Thing("egg", "blue", (.6, .5)), world.Thing("box", "green", (.5, .85))]
+    things = [
+        world.Thing("ball", "red", (0.2, 0.5), (0.4, 0.0), 0.1),
+        world.Thing("egg", "blue", (0.6, 0.5)),
+        world.Thing("box", "green", (0.5, 0.85)),
+    ]
     story = [(e.type, e.subject) for e in world.simulate(things).events]
     assert ("break", 1) in story
     assert [(e.type, e.subject) for e in world.simulate(things, without=2).events] == story
@@ -114,7 +119,7 @@ def test_render_shows_each_thing_where_it_is(clips):
         for i, thing in enumerate(clip.things):
             ys, xs = np.where(owner[0] == i + 1)
             centre = np.array([xs.mean(), ys.mean()]) / world.SIZE
-            assert len(xs) > 60 and np.abs(centre - clip.trajectory[0, i]).max() < .06, thing
+            assert len(xs) > 60 and np.abs(centre - clip.trajectory[0, i]).max() < 0.06, thing
         assert (owner[-1][..., None] != np.flatnonzero(clip.state[-1] == 3) + 1).all(), "what fell in is not drawn"
 
 
@@ -128,17 +133,30 @@ def test_answers_pass_their_own_checker_and_wrong_ones_fail(clips):
             assert wrong == q["answer"] or not world.check(wrong, q["answer"])
 
 
-@pytest.mark.parametrize("given, truth, same", [
-    ("The red ball hit it.", "the red ball hit it", True),
-    ("the red egg breaks because the blue ball hits it", "the red egg broke because the blue ball hit it", True),
-    ("because the red ball hit it", "because it hit the red ball", False),
-    ("the blue ball hit it", "because the red ball hit it", False),
-    ("the red ball will hit the blue egg", "the red ball will hit the blue egg and the blue egg will break", False),
-    ("the red ball will hit the blue egg and the red ball will break", "the red ball will hit the blue egg and the blue egg will break", False),
-    ("the blue egg will hit the red ball and the blue egg will break", "the red ball will hit the blue egg and the blue egg will break", False),
-    ("yes no", "yes", False), ("there is no red ball", "the red ball did not move", False),
-    ("the red ball did not move", "the red ball moved right", False), ("the red ball moves right", "the red ball moved right", True),
-])
+@pytest.mark.parametrize(
+    "given, truth, same",
+    [
+        ("The red ball hit it.", "the red ball hit it", True),
+        ("the red egg breaks because the blue ball hits it", "the red egg broke because the blue ball hit it", True),
+        ("because the red ball hit it", "because it hit the red ball", False),
+        ("the blue ball hit it", "because the red ball hit it", False),
+        ("the red ball will hit the blue egg", "the red ball will hit the blue egg and the blue egg will break", False),
+        (
+            "the red ball will hit the blue egg and the red ball will break",
+            "the red ball will hit the blue egg and the blue egg will break",
+            False,
+        ),
+        (
+            "the blue egg will hit the red ball and the blue egg will break",
+            "the red ball will hit the blue egg and the blue egg will break",
+            False,
+        ),
+        ("yes no", "yes", False),
+        ("there is no red ball", "the red ball did not move", False),
+        ("the red ball did not move", "the red ball moved right", False),
+        ("the red ball moves right", "the red ball moved right", True),
+    ],
+)
 def test_checker(given, truth, same):
     assert world.check(given, truth) is same
 
@@ -159,12 +177,17 @@ def test_questions_need_the_video(clips):
         for q in world.questions(clip):
             answers.setdefault(q["type"], []).append(q["answer"])
     for type_, given in answers.items():
-        assert max(map(given.count, set(given))) / len(given) < .67, type_
+        assert max(map(given.count, set(given))) / len(given) < 0.67, type_
 
 
 def test_command_writes_clips_that_decode_to_the_truth(tmp_path):
     from vidreason import read_video
-    subprocess.run([sys.executable, "-m", "toy.world", "--clips", "3", "--seed", "7", "--out", str(tmp_path)], check=True, capture_output=True)
+
+    subprocess.run(
+        [sys.executable, "-m", "toy.world", "--clips", "3", "--seed", "7", "--out", str(tmp_path)],
+        check=True,
+        capture_output=True,
+    )
     records = [json.loads(line) for line in open(tmp_path / "samples.jsonl")]
     assert {"id", "video", "question", "answer", "type", "events"} <= records[0].keys()
     for index, name in enumerate(sorted({r["video"] for r in records})):

@@ -1,17 +1,18 @@
 """Stage 0: the toy foundation models — a video transformer, a SAM and a Llama — from scratch, on the toy world.
 
-    python -m toy.pretrain world             # training and validation videos as mp4, decoded once     (runs/world)
-    python -m toy.pretrain llm               # stories, questions and world knowledge, text only       (toy/weights/llm)
-    python -m toy.pretrain encoder           # the video transformer: what is where, how it moves      (toy/weights/encoder.safetensors)
-    python -m toy.pretrain sam               # segment_anything from point prompts                     (toy/weights/sam.safetensors)
+    python -m toy.pretrain world       # training and validation videos as mp4, decoded once (runs/world)
+    python -m toy.pretrain llm         # stories, questions and world knowledge, text only   (toy/weights/llm)
+    python -m toy.pretrain encoder     # the video transformer: what is where, how it moves  (toy/weights/encoder.safetensors)
+    python -m toy.pretrain sam         # segment_anything from point prompts                 (toy/weights/sam.safetensors)
 
 Real projects download these three; no training of theirs belongs to the paper. They see no held-out pair of kinds in
 any video, and the encoder and SAM read pixels decoded from mp4, as they will at inference. Everything is seeded.
 Then: `python train.py --stage 1` and `--stage 2`.
 """
+
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")       # a busy neighbour costs 25 × otherwise, see the README
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # a busy neighbour costs 25 × otherwise, see the README
 import argparse
 import json
 import math
@@ -39,18 +40,18 @@ def autocast():
     return torch.autocast("cpu", torch.bfloat16, enabled=cpu.exists() and "avx512_bf16" in cpu.read_text())
 
 
-def cosine(step, steps, warmup=100, floor=.02):
+def cosine(step, steps, warmup=100, floor=0.02):
     """Learning-rate factor: linear warm-up, constant for half of the run, then a cosine to `floor`."""
-    late = max(0., step / steps - .5) * 2
-    return min(1., (step + 1) / warmup) * (floor + (1 - floor) * .5 * (1 + math.cos(math.pi * late)))
+    late = max(0.0, step / steps - 0.5) * 2
+    return min(1.0, (step + 1) / warmup) * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * late)))
 
 
-def train(log_path, parameters, lr, steps, loss_of_step, watch, weight_decay=.05, every=100):
-    """The loop that the three models share: AdamW, clipping, cosine, a progress bar and a log, one line per `every` steps.
+def train(log_path, parameters, lr, steps, loss_of_step, watch, weight_decay=0.05, every=100):
+    """The loop that the three models share: AdamW, clipping, cosine, progress bar; a log line per `every` steps.
 
     loss_of_step(step) → loss, {figure: value}; watch(step) → more figures (validation), and may save.
     """
-    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(.9, .98), weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=weight_decay)
     recent, began = defaultdict(list), time.time()
     with open(log_path, "w") as log, tqdm(total=steps, desc=log_path.stem, mininterval=5) as bar:
         for step in range(steps):
@@ -61,14 +62,17 @@ def train(log_path, parameters, lr, steps, loss_of_step, watch, weight_decay=.05
                 loss, figures = loss_of_step(step)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            nn.utils.clip_grad_norm_(parameters, 1.)
+            nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             for key, value in {"loss": loss, **figures}.items():
                 recent[key].append(float(value))
             bar.update()
             if (step + 1) % every == 0 or step + 1 == steps:
-                line = {"step": step + 1, "minutes": round((time.time() - began) / 60, 2),
-                        **{k: round(float(np.mean(v)), 4) for k, v in recent.items()}}
+                line = {
+                    "step": step + 1,
+                    "minutes": round((time.time() - began) / 60, 2),
+                    **{k: round(float(np.mean(v)), 4) for k, v in recent.items()},
+                }
                 line.update(watch(step + 1))
                 recent.clear()
                 log.write(json.dumps(line) + "\n")
@@ -82,6 +86,7 @@ def train(log_path, parameters, lr, steps, loss_of_step, watch, weight_decay=.05
 def make_video(job):
     split, seed, index, folder = job
     from vidreason import PRESETS, read_video
+
     clip = world.make_clip(seed, index, split)
     name = world.sample_id(split, seed, index)
     records = world.write_clip(clip, name, folder)
@@ -97,12 +102,20 @@ def make_videos(folder, split, seed, count, processes):
     frames = np.lib.format.open_memmap(folder / "frames.npy", "w+", np.uint8, (*shape[:2], 3, *shape[2:]))
     owner = np.lib.format.open_memmap(folder / "owner.npy", "w+", np.uint8, shape)
     jobs = [(split, seed, i, folder) for i in range(count)]
-    with multiprocessing.Pool(processes) as pool, open(folder / "samples.jsonl", "w") as samples, \
-            open(folder / "captions.jsonl", "w") as captions:
-        for i, (f, o, caption, records) in enumerate(tqdm(pool.imap(make_video, jobs, 16), total=count, desc=f"{split} videos")):
+    with (
+        multiprocessing.Pool(processes) as pool,
+        open(folder / "samples.jsonl", "w") as samples,
+        open(folder / "captions.jsonl", "w") as captions,
+    ):
+        for i, (f, o, caption, records) in enumerate(
+            tqdm(pool.imap(make_video, jobs, 16), total=count, desc=f"{split} videos")
+        ):
             frames[i], owner[i] = f, o
             samples.writelines(json.dumps(r) + "\n" for r in records)
-            captions.write(json.dumps({"id": Path(records[0]["video"]).stem, "video": records[0]["video"], "caption": caption}) + "\n")
+            captions.write(
+                json.dumps({"id": Path(records[0]["video"]).stem, "video": records[0]["video"], "caption": caption})
+                + "\n"
+            )
 
 
 def write_text(path, seed, count):
@@ -122,25 +135,40 @@ def write_text(path, seed, count):
                 clip = world.make_clip(seed, i, "text", held_out=i % 3 == 1, cut=True if i % 3 == 1 else None)
                 asked = world.questions(clip, rng)
                 q = next(q for q in asked if q["type"] == "held-out") if i % 3 == 1 else asked[rng.integers(len(asked))]
-                record.update(context=world.caption(clip, list(rng.permutation(len(clip.things)))), question=q["question"], answer=q["answer"])
+                record.update(
+                    context=world.caption(clip, list(rng.permutation(len(clip.things)))),
+                    question=q["question"],
+                    answer=q["answer"],
+                )
             file.write(json.dumps(record) + "\n")
 
 
 # --------------------------------------------------------------------------- the LLM
 
 SPECIAL = ["<pad>", "<unk>", "<bos>", "<eos>", "<user>", "<assistant>"]
-CHAT_TEMPLATE = ("{{ '<bos>' }}{% for m in messages %}{% if m['role'] == 'assistant' %}{{ '<assistant> ' + m['content'] + '<eos>' }}"
-                 "{% else %}{{ '<user> ' + m['content'] + ' ' }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}")
+CHAT_TEMPLATE = (
+    "{{ '<bos>' }}{% for m in messages %}{% if m['role'] == 'assistant' %}{{ '<assistant> ' + m['content'] + '<eos>' }}"
+    "{% else %}{{ '<user> ' + m['content'] + ' ' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+)
 
 
 def every_word() -> list[str]:
     """The world's vocabulary, from its own tables: about 130 words."""
     from vidreason import CAPTION_PROMPT
+
     words, rng = set(), np.random.default_rng(0)
-    texts = [t for phrasings in world.QUESTIONS.values() for t in phrasings] + [CAPTION_PROMPT, *world.KINDS, *world.COLOUR_ORDER]
+    texts = [t for phrasings in world.QUESTIONS.values() for t in phrasings] + [
+        CAPTION_PROMPT,
+        *world.KINDS,
+        *world.COLOUR_ORDER,
+    ]
     texts += [*world.PAST.values(), *world.PRESENT.values(), *world.FUTURE.values(), *world.NUMBERS, *world.DIRECTIONS]
     texts += [world.knowledge(m, t, rng).replace("|", " ") for m, t in world.HITS for _ in range(20)]
-    texts += ["yes no there is no a an the did not move moved because it hit the wall reached . , : ; ! because of them move moves are objects now toward"]
+    texts += [
+        "yes no there is no a an the did not move moved because it hit the wall reached "
+        ". , : ; ! because of them move moves are objects now toward"
+    ]
     for text in texts:
         for slot in "{x}", "{y}", "{z}":
             text = text.replace(slot, " ")
@@ -150,6 +178,7 @@ def every_word() -> list[str]:
 
 def tokens_of(text):
     import re
+
     return re.findall(r"\w+|[^\w\s]+", text.lower())
 
 
@@ -157,12 +186,19 @@ def make_tokenizer():
     """Whole words, lower case; an unknown word becomes <unk>. The chat template makes prompts, as for any other LLM."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
+
     vocabulary = {w: i for i, w in enumerate(SPECIAL + every_word())}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     core.normalizer, core.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
-    core.decoder = decoders.WordPiece(prefix="##", cleanup=True)      # " ." → "."
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", unk_token="<unk>", bos_token="<bos>",
-                                        eos_token="<eos>", additional_special_tokens=["<user>", "<assistant>"])
+    core.decoder = decoders.WordPiece(prefix="##", cleanup=True)  # " ." → "."
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token="<pad>",
+        unk_token="<unk>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        additional_special_tokens=["<user>", "<assistant>"],
+    )
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 
@@ -189,12 +225,17 @@ class TextBatches:
 
     def __init__(self, stories, tokenizer, rng):
         from vidreason import CAPTION_PROMPT
+
         self.rng, self.tokenizer, self.pool = rng, tokenizer, []
-        self.bos, self.eos, self.user, self.assistant = tokenizer.convert_tokens_to_ids(["<bos>", "<eos>", "<user>", "<assistant>"])
+        self.bos, self.eos, self.user, self.assistant = tokenizer.convert_tokens_to_ids(
+            ["<bos>", "<eos>", "<user>", "<assistant>"]
+        )
         self.colours = np.array(tokenizer.convert_tokens_to_ids(list(world.COLOURS)))
         self.caption_prompt = self.words(CAPTION_PROMPT)
-        self.stories = [(self.words(story), [(t, self.words(q), self.words(a)) for t, q, a in questions])
-                        for story, questions in tqdm(stories, desc="tokens")]
+        self.stories = [
+            (self.words(story), [(t, self.words(q), self.words(a)) for t, q, a in questions])
+            for story, questions in tqdm(stories, desc="tokens")
+        ]
         self.stop = tokenizer.convert_tokens_to_ids(".")
 
     def words(self, text):
@@ -205,48 +246,57 @@ class TextBatches:
 
     def document(self, short):
         """→ context ids, [(prompt ids, target ids)]; `short`: only the list of things, to teach look-ups first."""
-        if self.rng.random() < .1:
+        if self.rng.random() < 0.1:
             return self.knowledge()
         story, questions = self.stories[self.rng.integers(len(self.stories))]
         if short:
-            story = story[:story.index(self.stop) + 1]
+            story = story[: story.index(self.stop) + 1]
             questions = [q for q in questions if q[0] in ("colour", "kind", "count", "absent")]
-        questions = [questions[i] for i in self.rng.permutation(len(questions))[:6]]     # attention costs length squared
+        questions = [questions[i] for i in self.rng.permutation(len(questions))[:6]]  # attention costs length squared
         pairs = [self.pair(q, a) for _, q, a in questions]
-        if self.rng.random() < .25:
+        if self.rng.random() < 0.25:
             pairs.append(self.pair(self.caption_prompt, story))
         permuted = np.arange(len(self.tokenizer))
-        permuted[self.colours] = self.rng.permutation(self.colours)     # colours mean nothing: any may be any
+        permuted[self.colours] = self.rng.permutation(self.colours)  # colours mean nothing: any may be any
         swap = lambda ids: permuted[ids].tolist()
         return swap(story), [(swap(p), swap(t)) for p, t in pairs]
 
     def knowledge(self):
         pairs = []
         for _ in range(self.rng.integers(4, 9)):
-            hits = world.HELD_OUT_HITS if self.rng.random() < .25 else world.HITS
+            hits = world.HELD_OUT_HITS if self.rng.random() < 0.25 else world.HITS
             question, _, answer = world.knowledge(*hits[self.rng.integers(len(hits))], self.rng).rpartition("|")
-            pairs.append(self.pair(self.words(question), self.words(answer)) if question
-                         else ([self.bos], [*self.words(answer), self.eos]))
+            pairs.append(
+                self.pair(self.words(question), self.words(answer))
+                if question
+                else ([self.bos], [*self.words(answer), self.eos])
+            )
         return [], pairs
 
     def batch(self, size, short):
-        """→ ids, positions (B, T), mask (B, 1, T, T) additive, weights (B, T): the loss weight of each token as a target."""
+        """→ ids, positions (B, T), mask (B, 1, T, T) additive, weights (B, T): of each token as a target of the loss."""
+
         def length_of(document):
             return len(document[0]) + sum(len(p) + len(t) for p, t in document[1])
-        if not self.pool:                          # eight batches at once, sorted, so that little is padding
+
+        if not self.pool:  # eight batches at once, sorted, so that little is padding
             documents = sorted((self.document(self.rng.random() < short) for _ in range(8 * size)), key=length_of)
-            self.pool = [documents[i * size:(i + 1) * size] for i in self.rng.permutation(8)]
+            self.pool = [documents[i * size : (i + 1) * size] for i in self.rng.permutation(8)]
         documents = self.pool.pop()
         length = length_of(documents[-1])
         ids, positions = np.zeros((size, length), np.int64), np.zeros((size, length), np.int64)
         part, weights = np.full((size, length), -1), np.zeros((size, length), np.float32)
         for row, (context, pairs) in enumerate(documents):
             at = len(context)
-            ids[row, :at], positions[row, :at], part[row, :at], weights[row, 1:at] = context, np.arange(at), 0, .1
+            ids[row, :at], positions[row, :at], part[row, :at], weights[row, 1:at] = context, np.arange(at), 0, 0.1
             for number, (prompt, target) in enumerate(pairs, 1):
                 end = at + len(prompt) + len(target)
-                ids[row, at:end], positions[row, at:end], part[row, at:end] = prompt + target, len(context) + np.arange(end - at), number
-                weights[row, at + len(prompt):end] = 1.
+                ids[row, at:end], positions[row, at:end], part[row, at:end] = (
+                    prompt + target,
+                    len(context) + np.arange(end - at),
+                    number,
+                )
+                weights[row, at + len(prompt) : end] = 1.0
                 at = end
         same = (part[:, :, None] == part[:, None, :]) | ((part == 0)[:, None, :] & (part >= 0)[:, :, None])
         mask = (same & np.tri(length, dtype=bool)) | np.eye(length, dtype=bool)
@@ -255,44 +305,68 @@ class TextBatches:
 
 
 def text_accuracy(llm, tokenizer, stories, batches, limit=None):
-    """Exact-match accuracy per question type, answering from the true story as text: the ceiling of every fused model."""
+    """Exact-match accuracy per question type, given the true story as text: the ceiling of every fused model."""
     right, items = defaultdict(list), []
     for story, questions in stories:
-        items += [(type_, batches.words(story) + batches.pair(batches.words(q), [])[0], batches.words(answer)) for type_, q, answer in questions]
+        items += [
+            (type_, batches.words(story) + batches.pair(batches.words(q), [])[0], batches.words(answer))
+            for type_, q, answer in questions
+        ]
     items = sorted(items[:limit], key=lambda x: len(x[1]))
     llm.eval()
     for start in range(0, len(items), 128):
-        group = items[start:start + 128]
+        group = items[start : start + 128]
         longest = max(len(prompt) for _, prompt, _ in group)
         ids = torch.tensor([[0] * (longest - len(p)) + p for _, p, _ in group])
         mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for _, p, _ in group])
         with torch.no_grad(), autocast():
-            out = llm.generate(input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=max(len(x[2]) for x in group) + 1,
-                               pad_token_id=0, eos_token_id=batches.eos)[:, longest:].tolist()
+            out = llm.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                do_sample=False,
+                max_new_tokens=max(len(x[2]) for x in group) + 1,
+                pad_token_id=0,
+                eos_token_id=batches.eos,
+            )[:, longest:].tolist()
         for (type_, _, answer), got in zip(group, out):
-            right[type_].append(got[:got.index(batches.eos)] == answer if batches.eos in got else False)
+            right[type_].append(got[: got.index(batches.eos)] == answer if batches.eos in got else False)
     llm.train()
     return {k: round(float(np.mean(v)), 3) for k, v in sorted(right.items())}
 
 
 def pretrain_llm(args):
     from transformers import LlamaConfig, LlamaForCausalLM
+
     torch.manual_seed(args.seed)
     tokenizer = make_tokenizer()
-    train_stories, val_stories = (make_stories(args.seed + s, n, args.processes) for s, n in ((0, args.stories), (1000, 200)))
+    train_stories, val_stories = (
+        make_stories(args.seed + s, n, args.processes) for s, n in ((0, args.stories), (1000, 200))
+    )
     batches = TextBatches(train_stories, tokenizer, np.random.default_rng(args.seed))
-    llm = LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=args.width, intermediate_size=args.width * 8 // 3 // 16 * 16, num_hidden_layers=args.layers,
-        num_attention_heads=args.heads, num_key_value_heads=args.heads, max_position_embeddings=512, tie_word_embeddings=True,
-        pad_token_id=0, bos_token_id=batches.bos, eos_token_id=batches.eos, dtype="float32",
-        attn_implementation="eager"))              # for this mask faster than SDPA on a CPU
+    llm = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=args.width,
+            intermediate_size=args.width * 8 // 3 // 16 * 16,
+            num_hidden_layers=args.layers,
+            num_attention_heads=args.heads,
+            num_key_value_heads=args.heads,
+            max_position_embeddings=512,
+            tie_word_embeddings=True,
+            pad_token_id=0,
+            bos_token_id=batches.bos,
+            eos_token_id=batches.eos,
+            dtype="float32",
+            attn_implementation="eager",
+        )
+    )  # for this mask faster than SDPA on a CPU
     print(f"LLM: {sum(p.numel() for p in llm.parameters()) / 1e6:.2f} M parameters, {len(tokenizer)} words")
 
     def loss_of_step(step):
-        ids, positions, mask, weights = batches.batch(args.batch, .5 * max(0., 1 - 2.5 * step / args.steps))
+        ids, positions, mask, weights = batches.batch(args.batch, 0.5 * max(0.0, 1 - 2.5 * step / args.steps))
         logits = llm(input_ids=ids, position_ids=positions, attention_mask=mask).logits
         nll = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), ids[:, 1:], reduction="none")
-        # a pair's first token follows the previous pair in memory only: its weight is 0 there, as for every prompt token
+        # a pair's first token follows the previous pair in memory only; its weight is 0, as for every prompt token
         return (nll * weights[:, 1:]).sum() / weights[:, 1:].sum(), {}
 
     def watch(step):
@@ -313,11 +387,11 @@ def pretrain_llm(args):
 
 # --------------------------------------------------------------------------- the video transformer
 
-SLOTS, NONE = 4, 0                                        # at most four things on a table; class 0 of a partner: nobody
+SLOTS, NONE = 4, 0  # at most four things on a table; class 0 of a partner: nobody
 COLOUR_OF = {c: i for i, c in enumerate(world.COLOUR_ORDER)}
 EVENTS = ["start", "hit", "wall", *world.EFFECTS]
-FRAMES = 4                                                # frames per clip of the toy preset
-THING_HEADS = {"kind": 8, "colour": 6, "state": 3, "hits": 7, "hit_by": 7, "next_hits": 7, "next_hit_by": 7}   # classes
+FRAMES = 4  # frames per clip of the toy preset
+THING_HEADS = {"kind": 8, "colour": 6, "state": 3, "hits": 7, "hit_by": 7, "next_hits": 7, "next_hit_by": 7}  # classes
 CLIP_HEADS = {"count": 5, "moving": 5, "first": 7}
 
 
@@ -345,8 +419,8 @@ def labels_of(job):
                     if e.type == "hit" and i in (e.subject, e.object):
                         partner[at + (i == e.object)] = 1 + colour[e.object if i == e.subject else e.subject]
             classes[c, i] = world.KINDS.index(thing.kind), colour[i], min(int(clip.state[last - 1, i]), 2), *partner
-            place = clip.trajectory[first:last + 1, i]
-            numbers[c, i] = *((place[2] - .5) * 3), *((place[3] - place[2]) * 10), *((place[1] - place[0]) * 10)
+            place = clip.trajectory[first : last + 1, i]
+            numbers[c, i] = *((place[2] - 0.5) * 3), *((place[3] - place[2]) * 10), *((place[1] - place[0]) * 10)
             for e in seen:
                 events[c, i, EVENTS.index(e.type)] += e.subject == i
         moving = [e.subject for e in seen if e.direction]
@@ -358,18 +432,26 @@ class EncoderTask:
     """Batches and losses of the encoder: every thing's token (mask-pooled, as Eq. 2 will) and every clip's [CLS]."""
 
     def __init__(self, folder, split, seed, count, processes, rng):
-        self.frames, self.owner, self.rng = np.load(folder / "frames.npy", mmap_mode="r"), np.load(folder / "owner.npy", mmap_mode="r"), rng
+        self.frames, self.owner, self.rng = (
+            np.load(folder / "frames.npy", mmap_mode="r"),
+            np.load(folder / "owner.npy", mmap_mode="r"),
+            rng,
+        )
         with multiprocessing.Pool(processes) as pool:
             jobs = [(split, seed, i) for i in range(count or len(self.frames))]
             found = list(tqdm(pool.imap(labels_of, jobs, 64), total=len(jobs), desc=f"{split} labels"))
         self.classes, self.numbers, self.events, self.whole = (torch.from_numpy(np.stack(x)) for x in zip(*found))
-        active = self.events.flatten(2).any(-1) | (self.numbers[..., 2:].abs().amax((-2, -1)) > .05)
+        active = self.events.flatten(2).any(-1) | (self.numbers[..., 2:].abs().amax((-2, -1)) > 0.05)
         self.active, self.all = active.nonzero().numpy(), np.argwhere(np.ones(active.shape, bool))
 
     def batch(self, size):
         """→ clips float (B, F, 3, H, W) in [0, 1], owner (B, F, H, W), labels"""
-        pick = np.concatenate([source[self.rng.integers(len(source), size=n)] for source, n in
-                               ((self.active, size * 3 // 4), (self.all, size - size * 3 // 4))])
+        pick = np.concatenate(
+            [
+                source[self.rng.integers(len(source), size=n)]
+                for source, n in ((self.active, size * 3 // 4), (self.all, size - size * 3 // 4))
+            ]
+        )
         spans = [(v, slice(c * FRAMES, (c + 1) * FRAMES)) for v, c in pick]
         frames = torch.from_numpy(np.stack([self.frames[v, s] for v, s in spans])).float() / 255
         owner = torch.from_numpy(np.stack([self.owner[v, s] for v, s in spans]))
@@ -389,43 +471,48 @@ class EncoderHeads(nn.Module):
 
 def encoder_loss(encoder, heads, frames, owner, labels):
     classes, numbers, events, whole = labels
-    cls, patches = encoder(frames)                                                 # (B, D), (B, T, P, D)
-    side = int(patches.shape[2] ** .5)
+    cls, patches = encoder(frames)  # (B, D), (B, T, P, D)
+    side = int(patches.shape[2] ** 0.5)
     pixels = frames.shape[-1] // side
-    share = torch.stack([F.avg_pool2d((owner == i + 1).float(), pixels) for i in range(SLOTS)], 1).flatten(3)  # (B, 4, F, P)
-    key = share[:, :, FRAMES // 2]                                                 # the keyframe's masks, as fractions of patches
+    share = torch.stack([F.avg_pool2d((owner == i + 1).float(), pixels) for i in range(SLOTS)], 1).flatten(
+        3
+    )  # (B, 4, F, P)
+    key = share[:, :, FRAMES // 2]  # the keyframe's masks, as fractions of patches
     area = key.sum(-1)
     tokens = key @ patches[:, FRAMES // 2 // 2].float() / area.clamp(min=1e-3)[..., None]
-    visible = (area > .3) & (classes[..., 0] >= 0)
+    visible = (area > 0.3) & (classes[..., 0] >= 0)
     out = heads.thing(tokens[visible]).float()
     classes, numbers, events = classes[visible], numbers[visible], events[visible]
-    loss, figures, at = 0., {}, 0
+    loss, figures, at = 0.0, {}, 0
     for k, (name, n) in enumerate(THING_HEADS.items()):
-        truth, logits = classes[:, k], out[:, at:at + n]
+        truth, logits = classes[:, k], out[:, at : at + n]
         weight = torch.ones(n)
         if n == 7:
-            weight[NONE] = .4
+            weight[NONE] = 0.4
         loss = loss + F.cross_entropy(logits, truth, weight)
         rare = truth != 0 if n == 7 or name == "state" else truth >= 0
-        figures[name] = (logits.argmax(-1) == truth)[rare].float().mean() if rare.any() else 1.
+        figures[name] = (logits.argmax(-1) == truth)[rare].float().mean() if rare.any() else 1.0
         at += n
-    moving = 1 + 3 * (numbers[:, 2:].abs().amax(-1) > .05).float()
-    loss = loss + 2 * ((out[:, at:at + 6] - numbers).square().mean(-1) * moving).mean()
-    figures["speed error"] = (out[:, at + 2:at + 4] - numbers[:, 2:4]).abs().mean() / 10
-    loss = loss + 5 * F.binary_cross_entropy_with_logits(out[:, at + 6:], events)
-    found = (out[:, at + 6:] > 0).float()
+    moving = 1 + 3 * (numbers[:, 2:].abs().amax(-1) > 0.05).float()
+    loss = loss + 2 * ((out[:, at : at + 6] - numbers).square().mean(-1) * moving).mean()
+    figures["speed error"] = (out[:, at + 2 : at + 4] - numbers[:, 2:4]).abs().mean() / 10
+    loss = loss + 5 * F.binary_cross_entropy_with_logits(out[:, at + 6 :], events)
+    found = (out[:, at + 6 :] > 0).float()
     figures["event F1"] = 2 * (found * events).sum() / (found.sum() + events.sum()).clamp(min=1)
     summary = heads.clip(cls).float().split(list(CLIP_HEADS.values()), -1)
     for k, logits in enumerate(summary):
-        loss = loss + .5 * F.cross_entropy(logits, whole[:, k])
-    dense = share[:, :, 1::2].transpose(1, 2)                                      # (B, T, 4, P): second frame of each tubelet
+        loss = loss + 0.5 * F.cross_entropy(logits, whole[:, k])
+    dense = share[:, :, 1::2].transpose(1, 2)  # (B, T, 4, P): second frame of each tubelet
     top, who = dense.max(2)
-    kind, colour = (torch.where(top > .3, labels[0][:, :, k].clamp(min=0).gather(1, who.flatten(1)).view_as(who) + 1, 0) for k in (0, 1))
+    kind, colour = (
+        torch.where(top > 0.3, labels[0][:, :, k].clamp(min=0).gather(1, who.flatten(1)).view_as(who) + 1, 0)
+        for k in (0, 1)
+    )
     kinds, colours = heads.patch(patches).float().split([9, 7], -1)
     for logits, truth in ((kinds, kind), (colours, colour)):
         weight = torch.ones(logits.shape[-1])
-        weight[0] = .1
-        loss = loss + .5 * F.cross_entropy(logits.flatten(0, -2), truth.flatten(), weight)
+        weight[0] = 0.1
+        loss = loss + 0.5 * F.cross_entropy(logits.flatten(0, -2), truth.flatten(), weight)
     return loss, figures
 
 
@@ -433,13 +520,19 @@ def pretrain_encoder(args):
     from safetensors.torch import save_file
 
     from vidreason import PRESETS, VideoTransformer
+
     torch.manual_seed(args.seed)
     encoder = VideoTransformer(PRESETS["toy"])
     heads = EncoderHeads(PRESETS["toy"].encoder_width)
-    task = EncoderTask(args.runs / "world" / "train", "train", args.seed, args.clips, args.processes, np.random.default_rng(args.seed))
+    task = EncoderTask(
+        args.runs / "world" / "train", "train", args.seed, args.clips, args.processes, np.random.default_rng(args.seed)
+    )
     val = EncoderTask(args.runs / "world" / "val", "val", args.seed, None, args.processes, np.random.default_rng(1))
     parameters = list(encoder.parameters()) + list(heads.parameters())
-    print(f"encoder: {sum(p.numel() for p in encoder.parameters()) / 1e6:.2f} M parameters, {len(task.all)} clips, {len(task.active)} with motion")
+    print(
+        f"encoder: {sum(p.numel() for p in encoder.parameters()) / 1e6:.2f} M parameters, "
+        f"{len(task.all)} clips, {len(task.active)} with motion"
+    )
 
     def watch(step):
         if step % args.evaluate_every and step != args.steps:
@@ -451,8 +544,14 @@ def pretrain_encoder(args):
         encoder.train()
         return {"val": {k: round(float(np.mean([f[k] for f in figures])), 3) for k in figures[0]}}
 
-    train(args.runs / "encoder.jsonl", parameters, args.lr, args.steps,
-          lambda step: encoder_loss(encoder, heads, *task.batch(args.batch)), watch)
+    train(
+        args.runs / "encoder.jsonl",
+        parameters,
+        args.lr,
+        args.steps,
+        lambda step: encoder_loss(encoder, heads, *task.batch(args.batch)),
+        watch,
+    )
     save_file({k: v.half() for k, v in encoder.state_dict().items()}, args.weights / "encoder.safetensors")
 
 
@@ -460,13 +559,18 @@ def pretrain_encoder(args):
 
 
 def sam_batch(frames, owner, rng, images, points):
-    """→ pictures float (B, 3, S, S) in 0…255, points (B, N, 1, 2) in pixels (x, y), targets (B, N, S, S), real (B, N) bool.
+    """→ pictures float (B, 3, S, S) in 0…255, points (B, N, 1, 2) as x, y in pixels, targets (B, N, S, S), real (B, N).
 
-    A fifth of the points fall on the bare table; their predicted IoU is trained to 0, so that the grid's many misses are dropped.
+    A fifth of the points fall on the bare table (real False): their predicted IoU is trained to 0, so that the grid's
+    many misses are dropped.
     """
     which = np.stack([rng.integers(len(frames), size=images), rng.integers(world.NUM_FRAMES, size=images)], 1)
     pictures = np.stack([frames[v, f] for v, f in which])
-    places, targets, real = np.zeros((images, points, 1, 2), np.float32), np.zeros((images, points, *owner.shape[2:]), np.float32), np.zeros((images, points), bool)
+    places, targets, real = (
+        np.zeros((images, points, 1, 2), np.float32),
+        np.zeros((images, points, *owner.shape[2:]), np.float32),
+        np.zeros((images, points), bool),
+    )
     for b, (v, f) in enumerate(which):
         seen = owner[v, f]
         present = np.unique(seen[seen > 0])
@@ -474,10 +578,15 @@ def sam_batch(frames, owner, rng, images, points):
             thing = rng.choice(present) if n < points * 4 // 5 and len(present) else 0
             ys, xs = np.where(seen == thing)
             at = rng.integers(len(ys))
-            places[b, n, 0] = xs[at] + .5, ys[at] + .5
+            places[b, n, 0] = xs[at] + 0.5, ys[at] + 0.5
             real[b, n] = thing > 0
             targets[b, n] = (seen == thing) & (thing > 0)
-    return torch.from_numpy(pictures).float(), torch.from_numpy(places), torch.from_numpy(targets), torch.from_numpy(real)
+    return (
+        torch.from_numpy(pictures).float(),
+        torch.from_numpy(places),
+        torch.from_numpy(targets),
+        torch.from_numpy(real),
+    )
 
 
 def sam_loss(sam, pictures, places, targets, real):
@@ -488,43 +597,54 @@ def sam_loss(sam, pictures, places, targets, real):
     for embedding, place in zip(embeddings, places):
         sparse, dense = sam.prompt_encoder(points=(place, torch.ones(place.shape[:2])), boxes=None, masks=None)
         m, i = sam.mask_decoder.predict_masks(embedding[None], position, sparse, dense)
-        masks.append(m[:, 1:])                                                     # the three "multimask" outputs that AMG reads
+        masks.append(m[:, 1:])  # the three "multimask" outputs that AMG reads
         ious.append(i[:, 1:])
-    logits, iou = torch.stack(masks).float(), torch.stack(ious).float()           # (B, N, 3, h, w), (B, N, 3)
+    logits, iou = torch.stack(masks).float(), torch.stack(ious).float()  # (B, N, 3, h, w), (B, N, 3)
     small = F.interpolate(targets, size=logits.shape[-2:], mode="area")[:, :, None].expand_as(logits)
     p = logits.sigmoid()
-    focal = (F.binary_cross_entropy_with_logits(logits, small, reduction="none") * (p - small).square()).mean((-2, -1)) * 20
+    focal = (F.binary_cross_entropy_with_logits(logits, small, reduction="none") * (p - small).square()).mean(
+        (-2, -1)
+    ) * 20
     dice = 1 - (2 * (p * small).sum((-2, -1)) + 1) / (p.sum((-2, -1)) + small.sum((-2, -1)) + 1)
-    on, truth = logits > 0, small > .5
+    on, truth = logits > 0, small > 0.5
     exact = (on & truth).sum((-2, -1)) / (on | truth).sum((-2, -1)).clamp(min=1) * real[..., None]
     each = focal + dice * real[..., None]
-    best = each.min(-1).values + .1 * each.mean(-1)
+    best = each.min(-1).values + 0.1 * each.mean(-1)
     figures = {"IoU": exact.max(-1).values[real].mean(), "IoU error": (iou - exact).abs().mean()}
-    return (best * (real + .2 * ~real)).mean() + 2 * (iou - exact).square().mean(), figures
+    return (best * (real + 0.2 * ~real)).mean() + 2 * (iou - exact).square().mean(), figures
 
 
 def mask_quality(sam, config, frames, owner, count):
-    """The whole automatic path on `count` keyframes: mean best IoU per thing, share found (IoU > .5), false masks per picture."""
+    """The whole automatic path on `count` keyframes: mean best IoU per thing, share found, false masks per picture."""
     from vidreason import segment
+
     best, false, began = [], [], time.time()
     for v in range(min(count, len(frames))):
         f = v % world.NUM_FRAMES
         masks = segment(frames[v, f].transpose(1, 2, 0), sam, config).numpy()
         truth = [owner[v, f] == i for i in range(1, SLOTS + 1) if (owner[v, f] == i).sum() > 30]
         iou = np.array([[(m & t).sum() / (m | t).sum() for m in masks] for t in truth]).reshape(len(truth), len(masks))
-        best += list(iou.max(1)) if len(masks) else [0.] * len(truth)
-        false.append(int((iou.max(0) < .5).sum()) if len(truth) and len(masks) else len(masks))
-    return {"mIoU": round(float(np.mean(best)), 3), "recall": round(float(np.mean(np.array(best) > .5)), 3),
-            "false masks": round(float(np.mean(false)), 3), "ms per keyframe": round((time.time() - began) / min(count, len(frames)) * 1e3)}
+        best += list(iou.max(1)) if len(masks) else [0.0] * len(truth)
+        false.append(int((iou.max(0) < 0.5).sum()) if len(truth) and len(masks) else len(masks))
+    return {
+        "mIoU": round(float(np.mean(best)), 3),
+        "recall": round(float(np.mean(np.array(best) > 0.5)), 3),
+        "false masks": round(float(np.mean(false)), 3),
+        "ms per keyframe": round((time.time() - began) / min(count, len(frames)) * 1e3),
+    }
 
 
 def pretrain_sam(args):
     from safetensors.torch import save_file
 
     from vidreason import PRESETS, build_sam
+
     torch.manual_seed(args.seed)
     sam, rng = build_sam(PRESETS["toy"]), np.random.default_rng(args.seed)
-    data = {s: [np.load(args.runs / "world" / s / f"{n}.npy", mmap_mode="r") for n in ("frames", "owner")] for s in ("train", "val")}
+    data = {
+        s: [np.load(args.runs / "world" / s / f"{n}.npy", mmap_mode="r") for n in ("frames", "owner")]
+        for s in ("train", "val")
+    }
     print(f"SAM: {sum(p.numel() for p in sam.parameters()) / 1e6:.2f} M parameters")
 
     def watch(step):
@@ -536,8 +656,15 @@ def pretrain_sam(args):
         sam.train()
         return quality
 
-    train(args.runs / "sam.jsonl", list(sam.parameters()), args.lr, args.steps,
-          lambda step: sam_loss(sam, *sam_batch(*data["train"], rng, args.batch, args.points)), watch, weight_decay=.01)
+    train(
+        args.runs / "sam.jsonl",
+        list(sam.parameters()),
+        args.lr,
+        args.steps,
+        lambda step: sam_loss(sam, *sam_batch(*data["train"], rng, args.batch, args.points)),
+        watch,
+        weight_decay=0.01,
+    )
     save_file({k: v.half() for k, v in sam.state_dict().items()}, args.weights / "sam.safetensors")
 
 
@@ -550,14 +677,20 @@ def main():
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--seed", type=int, default=0)
     common.add_argument("--processes", type=int, default=os.cpu_count(), help="processes that make videos and stories")
-    common.add_argument("--runs", type=Path, default=RUNS, help="folder for videos, logs and intermediate weights (default runs)")
-    common.add_argument("--weights", type=Path, default=WEIGHTS, help="model directory to write to (default toy/weights)")
+    common.add_argument(
+        "--runs", type=Path, default=RUNS, help="folder for videos, logs and intermediate weights (default runs)"
+    )
+    common.add_argument(
+        "--weights", type=Path, default=WEIGHTS, help="model directory to write to (default toy/weights)"
+    )
     common.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads that multiply matrices")
     p = sub.add_parser("world", parents=[common], help="make training and validation videos")
     p.add_argument("--clips", type=int, default=12000)
     p.add_argument("--val_clips", type=int, default=400)
     p = sub.add_parser("llm", parents=[common], help="train the toy LLM on text")
-    for flag, default in dict(stories=30000, steps=2600, batch=32, width=128, layers=5, heads=2, evaluate_every=500).items():
+    for flag, default in dict(
+        stories=30000, steps=2600, batch=32, width=128, layers=5, heads=2, evaluate_every=500
+    ).items():
         p.add_argument(f"--{flag}", type=int, default=default)
     p.add_argument("--lr", type=float, default=1.5e-3)
     p = sub.add_parser("encoder", parents=[common], help="train the video transformer")

@@ -13,6 +13,7 @@ Two pairs of kinds — pin/balloon and egg/pillow — never share the table in a
 Units: positions and radii in table widths, times in seconds, velocities in table widths per second; x grows to the
 right, y grows downwards (as in an image).
 """
+
 import argparse
 import json
 import math
@@ -24,22 +25,36 @@ import numpy as np
 
 # --------------------------------------------------------------------------- the things and the rules they obey
 
-FPS, NUM_FRAMES, SIZE = 4, 16, 96                 # a clip: 16 frames of 96 × 96 px at 4 frames per second
+FPS, NUM_FRAMES, SIZE = 4, 16, 96  # a clip: 16 frames of 96 × 96 px at 4 frames per second
 SECONDS = NUM_FRAMES / FPS
-LAST_SEEN = 3.55                                  # events later than this leave too little trace in the last frame
-COLOURS = {"red": (.86, .12, .12), "blue": (.13, .3, .92), "green": (.12, .62, .18), "yellow": (.96, .84, .1),
-           "purple": (.62, .16, .72)}
+LAST_SEEN = 3.55  # events later than this leave too little trace in the last frame
+COLOURS = {
+    "red": (0.86, 0.12, 0.12),
+    "blue": (0.13, 0.3, 0.92),
+    "green": (0.12, 0.62, 0.18),
+    "yellow": (0.96, 0.84, 0.1),
+    "purple": (0.62, 0.16, 0.72),
+}
 HOLE_COLOUR = "black"
 KINDS = ["ball", "box", "egg", "balloon", "pin", "cube", "pillow", "hole"]
-RADIUS = {"ball": .085, "box": .095, "egg": .085, "balloon": .1, "pin": .09, "cube": .085, "pillow": .11, "hole": .1}
-FRICTION = {"ball": .06, "egg": .08, "balloon": .15, "pin": .15, "cube": 0.}       # speed lost per second
+RADIUS = {
+    "ball": 0.085,
+    "box": 0.095,
+    "egg": 0.085,
+    "balloon": 0.1,
+    "pin": 0.09,
+    "cube": 0.085,
+    "pillow": 0.11,
+    "hole": 0.1,
+}
+FRICTION = {"ball": 0.06, "egg": 0.08, "balloon": 0.15, "pin": 0.15, "cube": 0.0}  # speed lost per second
 MOVERS = list(FRICTION)
 MOTION = {"ball": "roll", "egg": "roll", "balloon": "drift", "pin": "slide", "cube": "slide"}
 EFFECTS = ("break", "pop", "fall", "roll", "slide", "drift", "stop", "bounce")
 HELD_OUT = ({"pin", "balloon"}, {"egg", "pillow"})
-HELD_OUT_HITS = [("pin", "balloon"), ("balloon", "pin"), ("egg", "pillow")]        # (mover, target)
-AMBIGUOUS_HITS = {("egg", "egg"), ("pin", "pin"), ("balloon", "balloon")}          # like meets like: not modelled
-SPLITS = {"train": 0, "val": 1, "test": 2, "text": 3}                              # disjoint random streams
+HELD_OUT_HITS = [("pin", "balloon"), ("balloon", "pin"), ("egg", "pillow")]  # (mover, target)
+AMBIGUOUS_HITS = {("egg", "egg"), ("pin", "pin"), ("balloon", "balloon")}  # like meets like: not modelled
+SPLITS = {"train": 0, "val": 1, "test": 2, "text": 3}  # disjoint random streams
 
 
 def outcome(mover: str, target: str) -> tuple[str, str]:
@@ -68,8 +83,8 @@ class Thing:
     kind: str
     colour: str
     position: tuple[float, float]
-    velocity: tuple[float, float] | None = None   # None: it rests until something hits it
-    start: float = 0.                             # when it begins to move, s
+    velocity: tuple[float, float] | None = None  # None: it rests until something hits it
+    start: float = 0.0  # when it begins to move, s
 
     @property
     def name(self) -> str:
@@ -79,22 +94,24 @@ class Thing:
 @dataclass
 class Event:
     """`cause` is the index of an earlier event in the log, or None for a motion that starts by itself."""
+
     time: float
-    type: str                                     # start | hit | wall | one of EFFECTS
+    type: str  # start | hit | wall | one of EFFECTS
     subject: int
     object: int | None = None
     cause: int | None = None
-    direction: str | None = None                  # left | right | up | down, for motions
+    direction: str | None = None  # left | right | up | down, for motions
 
 
 @dataclass
 class Clip:
     """One simulated video. `trajectory` (frames, n, 2), `state` (frames, n): 0 whole, 1 broken, 2 popped, 3 gone."""
+
     things: list[Thing]
     events: list[Event]
     trajectory: np.ndarray
     state: np.ndarray
-    next_hit: Event | None = None                 # set when the clip is cut just before a collision
+    next_hit: Event | None = None  # set when the clip is cut just before a collision
     seed: tuple = field(default=())
 
     @property
@@ -112,14 +129,15 @@ def direction_of(velocity) -> str:
 
 class Simulation:
     """Discs on a table. 32 steps a frame-second keep a thing from tunnelling (≤ .02 table widths a step)."""
+
     SUBSTEPS = 8
 
-    def __init__(self, things, without=None, noise=0., rng=None):
+    def __init__(self, things, without=None, noise=0.0, rng=None):
         self.things, self.events = things, []
         self.position = [list(t.position) for t in things]
-        self.velocity = [[0., 0.] for _ in things]
+        self.velocity = [[0.0, 0.0] for _ in things]
         self.state = [0] * len(things)
-        self.cause: list[int | None] = [None] * len(things)   # the event that set each thing in motion
+        self.cause: list[int | None] = [None] * len(things)  # the event that set each thing in motion
         self.started, self.touching = set(), set()
         self.launch = [t.velocity for t in things]
         if noise:
@@ -144,8 +162,8 @@ class Simulation:
         if speed == 0:
             return
         slower = speed - FRICTION[thing.kind] * dt
-        if slower < .02:
-            self.velocity[i] = [0., 0.]
+        if slower < 0.02:
+            self.velocity[i] = [0.0, 0.0]
             return
         radius, wall = RADIUS[thing.kind], None
         for axis in (0, 1):
@@ -159,8 +177,8 @@ class Simulation:
 
     def hit_wall(self, i, axis, time):
         kind, hit = self.things[i].kind, self.log(time, "wall", i, cause=self.cause[i])
-        bounced = [-.5 * v if a == axis else .5 * v for a, v in enumerate(self.velocity[i])]
-        self.velocity[i] = [0., 0.]
+        bounced = [-0.5 * v if a == axis else 0.5 * v for a, v in enumerate(self.velocity[i])]
+        self.velocity[i] = [0.0, 0.0]
         if kind == "egg":
             self.state[i] = 1
             self.log(time, "break", i, cause=hit)
@@ -195,19 +213,19 @@ class Simulation:
         gap = [t - m for t, m in zip(self.position[target], self.position[mover])]
         normal, speed = [g / max(math.hypot(*gap), 1e-6) for g in gap], self.speed(mover)
         affected = mover if who == "mover" else target
-        after = [0., 0.]
+        after = [0.0, 0.0]
         if effect in MOTION.values():
-            self.velocity[target], self.velocity[mover] = [n * speed * .95 for n in normal], [0., 0.]
+            self.velocity[target], self.velocity[mover] = [n * speed * 0.95 for n in normal], [0.0, 0.0]
             after = self.velocity[target]
         elif effect == "bounce":
-            after = self.velocity[mover] = [-n * speed * .5 for n in normal]
-        elif who == "target":                      # the mover pushes on through what it broke, slowly
-            self.velocity[mover] = [.3 * v for v in self.velocity[mover]]
+            after = self.velocity[mover] = [-n * speed * 0.5 for n in normal]
+        elif who == "target":  # the mover pushes on through what it broke, slowly
+            self.velocity[mover] = [0.3 * v for v in self.velocity[mover]]
         else:
-            self.velocity[mover] = [0., 0.]
+            self.velocity[mover] = [0.0, 0.0]
         if effect in ("break", "pop", "fall"):
             self.state[affected] = {"break": 1, "pop": 2, "fall": 3}[effect]
-            self.velocity[affected] = [0., 0.]
+            self.velocity[affected] = [0.0, 0.0]
         moving = effect in (*MOTION.values(), "bounce")
         event = self.log(time, effect, affected, cause=hit, direction=direction_of(after) if moving else None)
         if moving:
@@ -229,7 +247,7 @@ class Simulation:
         return trajectory, state
 
 
-def simulate(things, frames=24, without=None, noise=0., rng=None) -> Clip:
+def simulate(things, frames=24, without=None, noise=0.0, rng=None) -> Clip:
     """Run the world. `without`: index of a thing to leave out (a counterfactual); `noise`: relative launch noise."""
     simulation = Simulation(things, without, noise, rng)
     trajectory, state = simulation.run(frames)
@@ -251,9 +269,9 @@ class Scene:
         self.rng, self.held_out, self.things = rng, held_out, []
         self.colours = [str(c) for c in rng.permutation(list(COLOURS))]
 
-    def place(self, kind, position, velocity=None, start=0.) -> bool:
-        clear = all(math.dist(position, t.position) > RADIUS[kind] + RADIUS[t.kind] + .04 for t in self.things)
-        inside = all(.12 < p < .88 for p in position)
+    def place(self, kind, position, velocity=None, start=0.0) -> bool:
+        clear = all(math.dist(position, t.position) > RADIUS[kind] + RADIUS[t.kind] + 0.04 for t in self.things)
+        inside = all(0.12 < p < 0.88 for p in position)
         kinds = [t.kind for t in self.things] + [kind]
         if not clear or not inside or kinds.count("hole") > 1 or len(kinds) > 4:
             return False
@@ -266,8 +284,8 @@ class Scene:
     def chain(self, length, start, kinds=None) -> bool:
         """`length` things in a row, the first launched along an axis (± 20°) toward the second, and so on."""
         rng = self.rng
-        angle = rng.integers(4) * math.pi / 2 + rng.uniform(-.35, .35)
-        position, speed, previous = rng.uniform(.12, .88, 2), rng.uniform(.28, .45), None
+        angle = rng.integers(4) * math.pi / 2 + rng.uniform(-0.35, 0.35)
+        position, speed, previous = rng.uniform(0.12, 0.88, 2), rng.uniform(0.28, 0.45), None
         for link in range(length):
             if kinds:
                 kind = kinds[link]
@@ -280,30 +298,33 @@ class Scene:
                 kind = str(rng.choice(pushed))
             if link:
                 reach = RADIUS[previous] + RADIUS[kind]
-                offset = rng.uniform(-.15, .15) * reach
-                along, across = np.array([math.cos(angle), math.sin(angle)]), np.array([-math.sin(angle), math.cos(angle)])
-                position = position + along * (reach + rng.uniform(.12, .3)) + across * offset
+                offset = rng.uniform(-0.15, 0.15) * reach
+                along, across = (
+                    np.array([math.cos(angle), math.sin(angle)]),
+                    np.array([-math.sin(angle), math.cos(angle)]),
+                )
+                position = position + along * (reach + rng.uniform(0.12, 0.3)) + across * offset
                 angle += math.asin(offset / reach)
             launch = (speed * math.cos(angle), speed * math.sin(angle)) if link == 0 else None
-            if (previous, kind) in AMBIGUOUS_HITS or not self.place(kind, position, launch, start if launch else 0.):
+            if (previous, kind) in AMBIGUOUS_HITS or not self.place(kind, position, launch, start if launch else 0.0):
                 return False
             previous = kind
         return True
 
     def fill(self, pair=None) -> bool:
-        rng, first = self.rng, float(self.rng.uniform(.1, 1.5))
-        second = first + float(rng.uniform(.5, 1.3)) * (1 if first < .9 else -1)
-        plan = rng.choice(["pair", "row", "two pairs", "alone", "pair and one"], p=[.2, .22, .3, .06, .22])
+        rng, first = self.rng, float(self.rng.uniform(0.1, 1.5))
+        second = first + float(rng.uniform(0.5, 1.3)) * (1 if first < 0.9 else -1)
+        plan = rng.choice(["pair", "row", "two pairs", "alone", "pair and one"], p=[0.2, 0.22, 0.3, 0.06, 0.22])
         if pair is not None:
             ok = self.chain(2, first, pair)
         else:
-            ok = self.chain({"row": 3, "alone": 1}.get(plan, 2), min(first, .9) if plan == "row" else first)
+            ok = self.chain({"row": 3, "alone": 1}.get(plan, 2), min(first, 0.9) if plan == "row" else first)
         if plan == "two pairs":
             ok = ok and (self.chain(2, second) if pair is None else self.chain(1, second))
         elif plan == "pair and one":
             ok = ok and self.chain(1, second)
         for _ in range(rng.integers(0, 4)):
-            self.place(str(rng.choice(KINDS)), rng.uniform(.12, .88, 2))
+            self.place(str(rng.choice(KINDS)), rng.uniform(0.12, 0.88, 2))
         return ok and len(self.things) >= 2
 
 
@@ -320,7 +341,7 @@ def hit_kinds(clip, event) -> tuple[str, str]:
 
 def cut_before(clip, hit, rng) -> Clip | None:
     """Delay the whole scene so that the clip ends just before `hit`; None if the story would be unclear then."""
-    delay = SECONDS + rng.uniform(.05, .35) - hit.time
+    delay = SECONDS + rng.uniform(0.05, 0.35) - hit.time
     if delay < 0:
         return None
     things = [Thing(t.kind, t.colour, t.position, t.velocity, t.start + delay) for t in clip.things]
@@ -329,7 +350,7 @@ def cut_before(clip, hit, rng) -> Clip | None:
     if not coming or not SECONDS <= coming[0].time < 4.5:
         return None
     nxt, clash = coming[0], [e for e in late.events if LAST_SEEN <= e.time < coming[0].time]
-    crowded = len(coming) > 1 and coming[1].time < nxt.time + .35
+    crowded = len(coming) > 1 and coming[1].time < nxt.time + 0.35
     seen_moving = nxt.cause is not None and late.events[nxt.cause].time < 3.2
     if (nxt.subject, nxt.object) != (hit.subject, hit.object) or clash or crowded or not seen_moving:
         return None
@@ -345,7 +366,7 @@ def make_clip(seed: int, index: int, split: str = "train", held_out: bool = Fals
     """
     key = (SPLITS[split], seed, index, int(held_out))
     rng = np.random.default_rng(key)
-    cut = bool(rng.random() < .4) if cut is None else cut
+    cut = bool(rng.random() < 0.4) if cut is None else cut
     pair = HELD_OUT_HITS[index % len(HELD_OUT_HITS)] if held_out else None
     while True:
         clip = simulate(make_things(rng, held_out, pair))
@@ -357,10 +378,10 @@ def make_clip(seed: int, index: int, split: str = "train", held_out: bool = Fals
             clip = cut_before(clip, wanted[rng.integers(len(wanted))], rng) if wanted else None
             if clip is None:
                 continue
-        elif not clip.visible or any(LAST_SEEN - .3 < e.time < 4.2 for e in clip.events):
-            continue                               # nothing to see, or something half seen at the end
-        elif len(clip.visible) > 8 or (not hits and rng.random() < .6):
-            continue                               # too long a story for one breath, or only walls to talk about
+        elif not clip.visible or any(LAST_SEEN - 0.3 < e.time < 4.2 for e in clip.events):
+            continue  # nothing to see, or something half seen at the end
+        elif len(clip.visible) > 8 or (not hits and rng.random() < 0.6):
+            continue  # too long a story for one breath, or only walls to talk about
         clip.trajectory, clip.state, clip.seed = clip.trajectory[:NUM_FRAMES], clip.state[:NUM_FRAMES], key
         return clip
 
@@ -370,57 +391,78 @@ def make_clip(seed: int, index: int, split: str = "train", held_out: bool = Fals
 
 def coverage(signed_distance, softness):
     """Anti-aliased alpha of the inside (negative signed distance) of a shape."""
-    return np.clip(.5 - signed_distance / softness, 0, 1)
+    return np.clip(0.5 - signed_distance / softness, 0, 1)
 
 
 def layers(kind, state, u, v, colour, soft):
     """Painter's layers [(alpha, rgb)] of a thing; u, v are pixel coordinates in units of its radius."""
     c = np.array(colour)
-    dark, light, r, white = c * .55, c * .5 + .5, np.hypot(u, v), np.ones(3)
+    dark, light, r, white = c * 0.55, c * 0.5 + 0.5, np.hypot(u, v), np.ones(3)
     if kind == "hole":
-        return [(coverage(r - 1, soft), np.full(3, .04))]
-    if state == 1:                                 # broken: shell, yolk, splinters of its colour
+        return [(coverage(r - 1, soft), np.full(3, 0.04))]
+    if state == 1:  # broken: shell, yolk, splinters of its colour
         a = np.arctan2(v, u)
-        return [(coverage(r - .9 - .25 * np.cos(7 * a), soft), np.array([.97, .95, .85])),
-                (coverage(r - .45, soft), np.array([1., .7, .05])),
-                (coverage(np.abs(r - .8) - .16, soft) * (np.cos(3 * a) > 0), c)]
-    if state == 2:                                 # popped: torn rubber
-        return [(coverage(np.abs(r - .75) - .22, soft) * np.clip(np.cos(6 * np.arctan2(v, u)) * 3, 0, 1), c)]
+        return [
+            (coverage(r - 0.9 - 0.25 * np.cos(7 * a), soft), np.array([0.97, 0.95, 0.85])),
+            (coverage(r - 0.45, soft), np.array([1.0, 0.7, 0.05])),
+            (coverage(np.abs(r - 0.8) - 0.16, soft) * (np.cos(3 * a) > 0), c),
+        ]
+    if state == 2:  # popped: torn rubber
+        return [(coverage(np.abs(r - 0.75) - 0.22, soft) * np.clip(np.cos(6 * np.arctan2(v, u)) * 3, 0, 1), c)]
     if kind == "ball":
-        return [(coverage(r - 1, soft), dark), (coverage(r - .86, soft), c),
-                (coverage(np.hypot(u + .35, v + .35) - .25, soft), white * .6 + c * .4)]
+        return [
+            (coverage(r - 1, soft), dark),
+            (coverage(r - 0.86, soft), c),
+            (coverage(np.hypot(u + 0.35, v + 0.35) - 0.25, soft), white * 0.6 + c * 0.4),
+        ]
     if kind == "box":
         square, cross = np.maximum(abs(u), abs(v)), np.minimum(abs(u - v), abs(u + v)) / 1.4
-        return [(coverage(square - .92, soft), dark * .7), (coverage(square - .7, soft), c),
-                (coverage(cross - .1, soft) * (square < .7), dark * .7)]
+        return [
+            (coverage(square - 0.92, soft), dark * 0.7),
+            (coverage(square - 0.7, soft), c),
+            (coverage(cross - 0.1, soft) * (square < 0.7), dark * 0.7),
+        ]
     if kind == "egg":
-        oval = np.hypot(u / .75, v / 1.05) - 1
-        return [(coverage(oval, soft), dark), (coverage(oval + .16, soft), c),
-                (coverage(np.hypot(u / .6, (v + .3) / .35) - .75, soft), light * .5 + .5)]
+        oval = np.hypot(u / 0.75, v / 1.05) - 1
+        return [
+            (coverage(oval, soft), dark),
+            (coverage(oval + 0.16, soft), c),
+            (coverage(np.hypot(u / 0.6, (v + 0.3) / 0.35) - 0.75, soft), light * 0.5 + 0.5),
+        ]
     if kind == "balloon":
-        return [(coverage(np.abs(u - .12 * np.sin(8 * v)) - .08, soft) * (v > .5) * (v < 1.3), white * .15),
-                (coverage(np.hypot(u / .85, (v + .2) / .9) - 1, soft), c),
-                (coverage(np.hypot(u + .3, v + .55) - .22, soft), white),
-                (coverage(np.abs(u) + np.abs(v - .72) - .2, soft), dark)]
+        return [
+            (coverage(np.abs(u - 0.12 * np.sin(8 * v)) - 0.08, soft) * (v > 0.5) * (v < 1.3), white * 0.15),
+            (coverage(np.hypot(u / 0.85, (v + 0.2) / 0.9) - 1, soft), c),
+            (coverage(np.hypot(u + 0.3, v + 0.55) - 0.22, soft), white),
+            (coverage(np.abs(u) + np.abs(v - 0.72) - 0.2, soft), dark),
+        ]
     if kind == "pin":
-        blade = np.abs(u) - .36 * (1 - (v + 1) / 2.2)
-        return [(coverage(np.maximum(blade, np.abs(v) - 1.1), soft), dark * .6 + .1),
-                (coverage(np.hypot(u, v + .7) - .52, soft), c)]
+        blade = np.abs(u) - 0.36 * (1 - (v + 1) / 2.2)
+        return [
+            (coverage(np.maximum(blade, np.abs(v) - 1.1), soft), dark * 0.6 + 0.1),
+            (coverage(np.hypot(u, v + 0.7) - 0.52, soft), c),
+        ]
     if kind == "cube":
         diamond = abs(u) + abs(v)
-        return [(coverage(diamond - 1.25, soft), c), (coverage(diamond - .8, soft), light * .6 + .4 * np.array([.8, .95, 1.])),
-                (coverage(np.abs(u - v) / 1.4 - .1, soft) * (diamond < .75), white)]
-    pillow = (np.abs(u)) ** 4 + (np.abs(v) / .7) ** 4
-    return [(coverage(pillow - 1, soft * 3), dark), (coverage(pillow - .6, soft * 3), c),
-            (coverage(np.abs(np.abs(u) - .45) - .08, soft) * (pillow < .6), light)]
+        return [
+            (coverage(diamond - 1.25, soft), c),
+            (coverage(diamond - 0.8, soft), light * 0.6 + 0.4 * np.array([0.8, 0.95, 1.0])),
+            (coverage(np.abs(u - v) / 1.4 - 0.1, soft) * (diamond < 0.75), white),
+        ]
+    pillow = (np.abs(u)) ** 4 + (np.abs(v) / 0.7) ** 4
+    return [
+        (coverage(pillow - 1, soft * 3), dark),
+        (coverage(pillow - 0.6, soft * 3), c),
+        (coverage(np.abs(np.abs(u) - 0.45) - 0.08, soft) * (pillow < 0.6), light),
+    ]
 
 
 def render(clip: Clip) -> tuple[np.ndarray, np.ndarray]:
     """→ frames uint8 (16, 96, 96, 3) RGB, owner uint8 (16, 96, 96): 0 the table, i + 1 where thing i is seen."""
     rng = np.random.default_rng((*clip.seed, 99))
-    window = 30                                    # px, larger than any thing
+    window = 30  # px, larger than any thing
     image = np.empty((NUM_FRAMES, SIZE, SIZE, 3), np.float32)
-    image[:] = .78 + rng.uniform(-.05, .05) + rng.uniform(-.015, .015, 3)
+    image[:] = 0.78 + rng.uniform(-0.05, 0.05) + rng.uniform(-0.015, 0.015, 3)
     owner = np.zeros((NUM_FRAMES, SIZE, SIZE), np.uint8)
     for i in sorted(range(len(clip.things)), key=lambda i: clip.things[i].kind != "hole"):
         thing, radius, drawn = clip.things[i], RADIUS[clip.things[i].kind] * SIZE, None
@@ -429,22 +471,26 @@ def render(clip: Clip) -> tuple[np.ndarray, np.ndarray]:
             if state == 3:
                 continue
             x, y = np.clip(np.floor(centre - window / 2).astype(int), 0, SIZE - window)
-            if drawn is None or drawn[0] != (state, *centre):     # resting things are drawn once
-                grid = np.arange(window) + .5
+            if drawn is None or drawn[0] != (state, *centre):  # resting things are drawn once
+                grid = np.arange(window) + 0.5
                 u, v = np.meshgrid((x + grid - centre[0]) / radius, (y + grid - centre[1]) / radius)
-                drawn = (state, *centre), layers(thing.kind, state, u, v, COLOURS.get(thing.colour, (0, 0, 0)), 1.2 / radius)
-            patch, outside = image[frame, y:y + window, x:x + window], 1.
+                drawn = (
+                    (state, *centre),
+                    layers(thing.kind, state, u, v, COLOURS.get(thing.colour, (0, 0, 0)), 1.2 / radius),
+                )
+            patch, outside = image[frame, y : y + window, x : x + window], 1.0
             for alpha, colour in drawn[1]:
                 patch += alpha[..., None] * (colour - patch)
                 outside = outside * (1 - alpha)
-            owner[frame, y:y + window, x:x + window][outside < .5] = i + 1
-    image += rng.normal(0, .012, image.shape).astype(np.float32)
+            owner[frame, y : y + window, x : x + window][outside < 0.5] = i + 1
+    image += rng.normal(0, 0.012, image.shape).astype(np.float32)
     return (np.clip(image, 0, 1) * 255).astype(np.uint8), owner
 
 
 def write_mp4(path, frames, fps=FPS):
     """Write RGB uint8 (n, H, W, 3) as H.264, nearly lossless, written aside and renamed."""
     import av
+
     aside = Path(path).with_suffix(".part.mp4")
     with av.open(str(aside), "w") as container:
         stream = container.add_stream("libx264", rate=fps, options={"crf": "12", "preset": "veryfast"})
@@ -458,21 +504,47 @@ def write_mp4(path, frames, fps=FPS):
 # --------------------------------------------------------------------------- language
 
 NUMBERS = ["zero", "one", "two", "three", "four"]
-PAST = {"break": "broke", "pop": "popped", "fall": "fell in", "roll": "rolled", "slide": "slid", "drift": "drifted",
-        "stop": "stopped", "bounce": "bounced", "start": "moved", "hit": "hit", "reach": "reached"}
-PRESENT = {"break": "breaks", "pop": "pops", "fall": "falls in", "roll": "rolls", "slide": "slides", "drift": "drifts",
-           "stop": "stops", "bounce": "bounces", "start": "moves", "hit": "hits", "reach": "reaches"}
+PAST = {
+    "break": "broke",
+    "pop": "popped",
+    "fall": "fell in",
+    "roll": "rolled",
+    "slide": "slid",
+    "drift": "drifted",
+    "stop": "stopped",
+    "bounce": "bounced",
+    "start": "moved",
+    "hit": "hit",
+    "reach": "reached",
+}
+PRESENT = {
+    "break": "breaks",
+    "pop": "pops",
+    "fall": "falls in",
+    "roll": "rolls",
+    "slide": "slides",
+    "drift": "drifts",
+    "stop": "stops",
+    "bounce": "bounces",
+    "start": "moves",
+    "hit": "hits",
+    "reach": "reaches",
+}
 FUTURE = {v: "will " + (v if v != "fall" else "fall in") for v in (*EFFECTS, "hit", "reach")}
 DIRECTIONS = ["left", "right", "up", "down"]
-STILL = "still"                                    # what motion_of says of a thing that never moved
+STILL = "still"  # what motion_of says of a thing that never moved
 COLOUR_ORDER = [*COLOURS, HOLE_COLOUR]
 
 # the paper's own two prompts (§3.3.1), as phrasings among others
-REASON = ("The provided visual information depicts a sequence of events. Analyze the causal relationships between these "
-          "events and provide a step-by-step explanation for the final outcome.")
-PREDICT = ("Based on the events observed in the video, predict the three most likely subsequent events. For each "
-           "prediction, provide a brief justification and a confidence score from 0 to 1.")
-QUESTIONS = {                                      # type → phrasings; {x}, {y} are filled with names or clauses
+REASON = (
+    "The provided visual information depicts a sequence of events. Analyze the causal relationships between these "
+    "events and provide a step-by-step explanation for the final outcome."
+)
+PREDICT = (
+    "Based on the events observed in the video, predict the three most likely subsequent events. For each "
+    "prediction, provide a brief justification and a confidence score from 0 to 1."
+)
+QUESTIONS = {  # type → phrasings; {x}, {y} are filled with names or clauses
     "count": ["how many objects are there ?", "how many things are on the table ?"],
     "moved": ["how many objects moved ?", "how many things moved ?"],
     "direction": ["which way did the {x} move ?", "in which direction did the {x} move ?"],
@@ -519,15 +591,23 @@ def caption(clip, order=None) -> str:
 
     order: a permutation of the things for the listing; by default by colour, so that a clip has one caption.
     """
-    order = sorted(range(len(clip.things)), key=lambda i: COLOUR_ORDER.index(clip.things[i].colour)) if order is None else order
+    order = (
+        sorted(range(len(clip.things)), key=lambda i: COLOUR_ORDER.index(clip.things[i].colour))
+        if order is None
+        else order
+    )
     names = [a(clip.things[i].name) for i in order]
     moved = len(movers(clip))
-    parts = [f"there are {NUMBERS[len(names)]} objects : {listing(names)}",
-             f"{NUMBERS[moved]} of them {'moves' if moved == 1 else 'move'}"]
+    parts = [
+        f"there are {NUMBERS[len(names)]} objects : {listing(names)}",
+        f"{NUMBERS[moved]} of them {'moves' if moved == 1 else 'move'}",
+    ]
     parts += [clause(clip, e) for e in clip.visible]
     if clip.next_hit:
-        parts.append(f"now the {clip.things[clip.next_hit.subject].name} is moving toward "
-                     f"the {clip.things[clip.next_hit.object].name}")
+        parts.append(
+            f"now the {clip.things[clip.next_hit.subject].name} is moving toward "
+            f"the {clip.things[clip.next_hit.object].name}"
+        )
     return " . ".join(parts) + " ."
 
 
@@ -563,7 +643,7 @@ def motion_of(clip, i) -> str | None:
     if not mine:
         return STILL
     moved = np.abs(clip.trajectory[-1, i] - clip.trajectory[0, i])
-    clear = len(mine) == 1 and moved.max() > .1 and moved.max() > 1.6 * moved.min()
+    clear = len(mine) == 1 and moved.max() > 0.1 and moved.max() > 1.6 * moved.min()
     return mine[0].direction if clear and clip.state[-1, i] != 3 else None
 
 
@@ -575,29 +655,43 @@ def question_sets(clip, rng) -> list[tuple]:
     out.append(("moved", {}, NUMBERS[len(movers(clip))], NUMBERS[:5]))
     ways = [(i, motion_of(clip, i)) for i in rng.permutation(len(things)) if kinds[i] != "hole"]
     still, going = [w for w in ways if w[1] == STILL], [w for w in ways if w[1] in DIRECTIONS]
-    for i, way in going[:2] + still[:int(rng.random() < .5)]:
+    for i, way in going[:2] + still[: int(rng.random() < 0.5)]:
         name = things[i].name
         options = [*(f"the {name} moved {d}" for d in DIRECTIONS), f"the {name} did not move"]
         out.append(("direction", {"x": name}, options[[*DIRECTIONS, STILL].index(way)], options))
     present = {t.name for t in things}
-    colours = [t.colour for t in things if t.kind != "hole"] if rng.random() < .5 else list(COLOURS)
+    colours = [t.colour for t in things if t.kind != "hole"] if rng.random() < 0.5 else list(COLOURS)
     name = f"{str(rng.choice(colours))} {rng.choice([k for k in KINDS if k != 'hole'])}"
     if name not in present:
         out.append(("absent", {"x": name}, f"there is no {name}", None))
     starts = [e for e in seen if e.type in ("start", *MOTION.values())]
-    if len(movers(clip)) > 1 and starts[1].time - starts[0].time > .3:
+    if len(movers(clip)) > 1 and starts[1].time - starts[0].time > 0.3:
         out.append(("first", {}, f"the {things[starts[0].subject].name}", None))
     for i in rng.permutation(len(things))[:2]:
         if kinds[i] != "hole":
             if kinds.count(kinds[i]) == 1:
-                out.append(("colour", {"x": kinds[i]}, f"the {kinds[i]} is {things[i].colour}", [f"the {kinds[i]} is {c}" for c in COLOURS]))
-            out.append(("kind", {"x": things[i].colour}, a(things[i].name), [a(f"{things[i].colour} {k}") for k in KINDS if k != "hole"]))
+                out.append(
+                    (
+                        "colour",
+                        {"x": kinds[i]},
+                        f"the {kinds[i]} is {things[i].colour}",
+                        [f"the {kinds[i]} is {c}" for c in COLOURS],
+                    )
+                )
+            out.append(
+                (
+                    "kind",
+                    {"x": things[i].colour},
+                    a(things[i].name),
+                    [a(f"{things[i].colour} {k}") for k in KINDS if k != "hole"],
+                )
+            )
     effects = [e for e in seen if e.type in EFFECTS]
     for e in effects:
         once = sum((f.subject, f.type) == (e.subject, e.type) for f in effects) == 1
         wall = clip.events[e.cause].type == "wall"
         # "why did it fall in?" needs no video (the hole); walls are so common that they would be a good guess
-        if once and e.type != "fall" and (not wall or rng.random() < .3):
+        if once and e.type != "fall" and (not wall or rng.random() < 0.3):
             out.append(("why", {"x": things[e.subject].name, "y": e.type}, "because " + because(clip, e), None))
     if effects and not clip.next_hit:
         last = effects[-1]
@@ -613,8 +707,12 @@ def question_sets(clip, rng) -> list[tuple]:
 
 def order_question(clip, rng) -> list[tuple]:
     """Two events of the same type on four (or two) different things: no rule of the world tells which came first."""
-    pairs = [(e, f) for e in clip.visible for f in clip.visible
-             if f.time - e.time > .4 and e.type == f.type and not {e.subject, e.object} & {f.subject, f.object} - {None}]
+    pairs = [
+        (e, f)
+        for e in clip.visible
+        for f in clip.visible
+        if f.time - e.time > 0.4 and e.type == f.type and not {e.subject, e.object} & {f.subject, f.object} - {None}
+    ]
     if not pairs:
         return []
     first, second = pairs[rng.integers(len(pairs))]
@@ -632,9 +730,9 @@ def counterfactual_question(clip, effects, rng) -> list[tuple]:
     for i, thing in enumerate(clip.things):
         if i != e.subject and thing.kind != "hole":
             again = simulate(clip.things, without=i)
-            same = any((f.subject, f.type) == (e.subject, e.type) and f.time < SECONDS + .5 for f in again.events)
+            same = any((f.subject, f.type) == (e.subject, e.type) and f.time < SECONDS + 0.5 for f in again.events)
             groups["yes" if same else "no"].append(i)
-    answer = "yes" if rng.random() < .5 else "no"
+    answer = "yes" if rng.random() < 0.5 else "no"
     if not groups[answer]:
         return []
     z = clip.things[groups[answer][rng.integers(len(groups[answer]))]]
@@ -666,7 +764,9 @@ def knowledge(mover, target, rng) -> str:
     if form == 0:
         return f"when {a(mover)} {PRESENT[meet]} {a(target)} , the {affected} {PRESENT[effect]} ."
     if form == 1:
-        return f"if {a(mover)} is moving toward {a(target)} , the {mover} {FUTURE[meet]} the {target} and the {affected} {FUTURE[effect]} ."
+        opening = f"if {a(mover)} is moving toward {a(target)} , "
+        meeting = f"the {mover} {FUTURE[meet]} the {target}"
+        return opening + meeting + f" and the {affected} {FUTURE[effect]} ."
     if form == 2 and mover != target:
         reason = f"it {PRESENT[meet]} {a(target)}" if who == "mover" else f"{a(mover)} {PRESENT[meet]} it"
         return f"{a(affected)} {PRESENT[effect]} because {reason} ."
@@ -701,10 +801,12 @@ def check(answer: str, truth: str) -> bool:
 
 
 def check_outcome(answer: str, truth: str) -> bool:
-    """For predictions: the kind that is affected and what becomes of it are right (colours and the pair are not asked)."""
+    """For predictions: who is affected (its kind) and what becomes of it are right; colours and the pair may differ."""
+
     def last(text):
         clauses = normalise(text)
         return [w for w in clauses[-1] if w not in COLOUR_ORDER] if clauses else []
+
     return bool(last(answer)) and last(answer) == last(truth)
 
 
@@ -736,24 +838,39 @@ def write_clip(clip: Clip, name: str, folder: Path) -> list[dict]:
     write_mp4(folder / f"{name}.mp4", render(clip)[0])
     log = [{k: v for k, v in vars(e).items() if v is not None} for e in clip.visible]
     things = [t.name for t in clip.things]
-    return [{"id": f"{name}-{i}", "video": f"{name}.mp4", **q, "things": things, "events": log}
-            for i, q in enumerate(questions(clip))]
+    return [
+        {"id": f"{name}-{i}", "video": f"{name}.mp4", **q, "things": things, "events": log}
+        for i, q in enumerate(questions(clip))
+    ]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clips", type=int, default=20, help="how many clips to make (default 20)")
     parser.add_argument("--seed", type=int, default=0, help="which stream of clips; the same seed makes the same clips")
-    parser.add_argument("--split", choices=["train", "val", "test"], default="train", help="disjoint streams (default train)")
-    parser.add_argument("--held_out", type=int, default=0, metavar="N", help="N more clips, of the kind pairs that no training video shows")
-    parser.add_argument("--titles", action="store_true", help="name files after what happens in them instead of by number")
+    parser.add_argument(
+        "--split", choices=["train", "val", "test"], default="train", help="disjoint streams (default train)"
+    )
+    parser.add_argument(
+        "--held_out",
+        type=int,
+        default=0,
+        metavar="N",
+        help="N more clips, of the kind pairs that no training video shows",
+    )
+    parser.add_argument(
+        "--titles", action="store_true", help="name files after what happens in them instead of by number"
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder for the mp4 files and samples.jsonl")
     args = parser.parse_args()
     from tqdm import tqdm
+
     args.out.mkdir(parents=True, exist_ok=True)
     aside = args.out / "samples.jsonl.part"
     with open(aside, "w") as file:
-        for i, held_out in tqdm([(i, False) for i in range(args.clips)] + [(i, True) for i in range(args.held_out)], desc="clips"):
+        for i, held_out in tqdm(
+            [(i, False) for i in range(args.clips)] + [(i, True) for i in range(args.held_out)], desc="clips"
+        ):
             clip = make_clip(args.seed, i, args.split, held_out, cut=True if held_out else None)
             name = f"{title(clip)}-{i}" if args.titles else sample_id(args.split, args.seed, i, held_out)
             file.writelines(json.dumps(record) + "\n" for record in write_clip(clip, name, args.out))
