@@ -55,6 +55,9 @@ def read_jsonl(path) -> list[Sample]:
             answer = record.get("answer", record.get("caption"))
             if not isinstance(answer, str) or not answer.strip():
                 raise ValueError('no "answer" or "caption"')
+            for name in ("question", "video", "context"):
+                if not isinstance(record.get(name) or "", str):
+                    raise ValueError(f'"{name}" is not text')
             samples.append(
                 Sample(
                     str(record.get("id", number)),
@@ -139,11 +142,14 @@ def encode_videos(model_dir, config, folder, names, out, processes=1, shard_size
     write_json(mark, print_)
     known = FeatureCache(out).videos if any(out.glob("*.safetensors")) else {}
     names = [n for n in dict.fromkeys(names) if n not in known]
-    start = len(list(out.glob("shard-*.json")))
+    start = 1 + max(
+        (int(p.stem.split(".")[0][6:]) for p in out.glob("shard-*")), default=-1
+    )  # never an old number again
     groups = [names[i : i + shard_size] for i in range(0, len(names), shard_size)]
     jobs = [(folder, group, out / f"shard-{start + i:06d}.safetensors") for i, group in enumerate(groups)]
     if not jobs:
         return
+    load_vision(config, model_dir)  # if the weights are wrong, say so here and not in every worker
     with (
         multiprocessing.get_context("spawn").Pool(processes, start_worker, (config, model_dir)) as pool,
         tqdm(total=len(names), desc="videos → Z_vision") as bar,
@@ -183,13 +189,40 @@ def write_familiar(cache, path, quantile=0.999):
     tokens = [cache[name].z_vision[~cache[name].is_object] for name in list(cache.videos)[:4000]]  # each (N_t, D_v)
     flat = torch.cat(tokens).double()
     values, vectors = torch.linalg.eigh(torch.cov(flat.T) + 1e-3 * flat.var(0).mean() * torch.eye(flat.shape[1]))
-    mean, whiten = flat.mean(0).float(), (vectors * values.rsqrt()).float()
+    mean, whiten = flat.mean(0).float(), (vectors * values.rsqrt()).float().contiguous()
     distances = torch.stack([((t - mean) @ whiten).norm(dim=1).mean() for t in tokens])
-    save_file({"mean": mean, "whiten": whiten, "limit": distances.quantile(quantile) * 1.1}, path)
+    save_file(
+        {"mean": mean, "whiten": whiten, "limit": distances.quantile(quantile) * 1.1}, path.with_suffix(".partial")
+    )
+    path.with_suffix(".partial").rename(path)
+
+
+def positive(text) -> int:
+    """argparse type: an integer of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+class Parser(argparse.ArgumentParser):
+    """Mistakes on the command line are one line, as all others."""
+
+    def error(self, message):
+        raise VidReasonError(f"{message} (command line): see {self.prog} --help")
+
+
+def guarded(main):
+    """Run a program; a mistake of the user is one line on stderr and exit code 2."""
+    try:
+        main()
+    except OSError as error:
+        sys.exit(print(f"error: {error.strerror} ({error.filename}): check the path", file=sys.stderr) or 2)
+    except VidReasonError as error:
+        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sub = parser.add_subparsers(dest="command", required=True)
     p = sub.add_parser("features", help="encode videos once: Z_vision of each, in shards")
     p.add_argument("--videos", type=Path, required=True, help="folder of videos")
@@ -200,7 +233,7 @@ def main():
         default=TOY_MODEL,
         help="model directory whose encoder and SAM are used (default: the toy)",
     )
-    p.add_argument("--processes", type=int, default=os.cpu_count(), help="processes that work side by side")
+    p.add_argument("--processes", type=positive, default=os.cpu_count(), help="processes that work side by side")
     args = parser.parse_args()
     videos = (p for p in args.videos.rglob("*") if p.suffix.lower() in (".mp4", ".webm", ".mkv", ".avi", ".mov"))
     names = sorted(str(p.relative_to(args.videos)) for p in videos)
@@ -212,7 +245,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except VidReasonError as error:
-        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
+    guarded(main)

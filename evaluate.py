@@ -12,7 +12,6 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # a busy neighbour costs 25 × otherwise
 import argparse
 import hashlib
-import sys
 import tempfile
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -21,8 +20,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import TOY_MODEL, FeatureCache, encode_videos, write_json
-from vidreason import VidReason, VidReasonError
+from data import TOY_MODEL, FeatureCache, Parser, encode_videos, guarded, positive, write_json
+from vidreason import VidReason, read_config
 
 
 def toy_questions(seed, clips, folder, split="test"):
@@ -77,13 +76,15 @@ def interval(right, groups, rounds=1000):
 
 def summarise(items):
     """Accuracy, interval, controls and n of some items."""
-    answers = Counter(i["truth"] for i in items)
+    answers = defaultdict(Counter)
+    for i in items:
+        answers[i["type"]][i["truth"]] += 1
     options = [i["option_correct"] for i in items if i["option_correct"] is not None]
     return {
         "accuracy": round(float(np.mean([i["correct"] for i in items])), 4),
         "interval": interval([i["correct"] for i in items], [i["video"] for i in items]),
         "blind_accuracy": round(float(np.mean([i["blind_correct"] for i in items])), 4),
-        "majority": round(answers.most_common(1)[0][1] / len(items), 4),
+        "majority": round(sum(found.most_common(1)[0][1] for found in answers.values()) / len(items), 4),
         "option_accuracy": round(float(np.mean(options)), 4) if options else None,
         "n": len(items),
     }
@@ -159,8 +160,15 @@ def provenance(args):
     """What a reader needs to reproduce the numbers."""
     import transformers
 
-    files = sorted(p for p in Path(args.model).rglob("*.safetensors"))
-    hashes = {str(p.relative_to(args.model)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+    config = read_config(args.model)
+    parts = [
+        Path(args.model),
+        *(Path(args.model, name) for name in (config.encoder_weights, config.sam_weights, config.llm)),
+    ]
+    files = sorted(
+        {f.resolve() for p in parts if p.exists() for f in ([p] if p.is_file() else p.rglob("*.safetensors"))}
+    )
+    hashes = {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
     return {
         "model": str(args.model),
         "weights_sha256": hashes,
@@ -173,19 +181,24 @@ def provenance(args):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("benchmark", choices=["toy"], help="what to score on")
     parser.add_argument("--seed", type=int, default=0, help="which stream of clips (default 0)")
     parser.add_argument(
-        "--clips", type=int, default=200, help="how many clips; a fifth more show held-out pairs (default 200)"
+        "--clips", type=positive, default=200, help="how many clips; a fifth more show held-out pairs (default 200)"
     )
     parser.add_argument(
         "--split", choices=["val", "test"], default="test", help="val for choosing, test for reporting (default test)"
     )
     parser.add_argument("--model", type=Path, default=TOY_MODEL, help="model directory (default toy/weights)")
     parser.add_argument("--out", type=Path, help="JSON file for the summary and one item per question")
-    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="processes that look at the clips")
+    parser.add_argument("--processes", type=positive, default=os.cpu_count(), help="processes that look at the clips")
     args = parser.parse_args()
+    if args.seed < 0:
+        parser.error("--seed must not be negative")
+    if args.out:  # an hour's work should not be lost to a folder that cannot be written
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.touch()
     summary, items = evaluate_toy(args)
     if args.out:
         write_json(args.out, {"summary": summary, "provenance": provenance(args), "items": items})
@@ -194,7 +207,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except VidReasonError as error:
-        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
+    guarded(main)

@@ -10,9 +10,9 @@ target tokens of the global batch (Eq. 6), however that batch is split into micr
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # a busy neighbour costs 25 × otherwise
+import argparse
 import json
 import math
-import sys
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
-from data import ROOT, TOY_MODEL, FeatureCache, encode_videos, read_jsonl, write_familiar
+from data import ROOT, TOY_MODEL, FeatureCache, Parser, encode_videos, guarded, read_jsonl, write_familiar
 from vidreason import PRESETS, Conversation, VidReason, VidReasonError, collate_features, encode_pair, pack, read_config
 
 TOY_DATA = ROOT / "runs" / "world" / "train"
@@ -47,6 +47,7 @@ class Settings:
     videos: str = field(
         default=str(TOY_DATA), metadata={"help": "Folder that the records' video names are relative to."}
     )
+    max_videos: int | None = field(default=None, metadata={"help": "Use the first so many videos of the data only."})
     features: str | None = field(
         default=None, metadata={"help": "Folder of Z_vision shards; missing ones are computed first."}
     )
@@ -63,6 +64,9 @@ class Settings:
     lora_lr: float | None = field(
         default=None, metadata={"help": "Peak learning rate of the adapters (default: the same)."}
     )
+    muon_lr: float | None = field(
+        default=None, metadata={"help": "If given, the fusion core's matrices are trained by Muon at this peak rate."}
+    )
     warmup: float | None = field(
         default=None, metadata={"help": "Warm-up: steps if at least 1, else a share of the run."}
     )
@@ -78,10 +82,24 @@ class Settings:
 # The paper's values are those of preset "paper"; the toy's come from its validation split.
 DEFAULTS = {
     ("toy", 1): dict(
-        max_steps=1500, batch=32, pairs_per_video=1, lr=2e-3, warmup=100, weight_decay=0.02, text_share=0.0
+        max_videos=8000,
+        max_steps=1500,
+        batch=32,
+        pairs_per_video=1,
+        lr=2e-3,
+        warmup=100,
+        weight_decay=0.02,
+        text_share=0.0,
     ),
     ("toy", 2): dict(
-        max_steps=2500, batch=32, pairs_per_video=8, lr=1e-3, warmup=100, weight_decay=0.02, text_share=0.25
+        max_videos=8000,
+        max_steps=2500,
+        batch=32,
+        pairs_per_video=8,
+        lr=1e-3,
+        warmup=100,
+        weight_decay=0.02,
+        text_share=0.25,
     ),
     ("paper", 1): dict(batch=2048, pairs_per_video=1, lr=1e-4, warmup=2000, weight_decay=0.05, text_share=0.0),
     ("paper", 2): dict(batch=256, pairs_per_video=1, lr=2e-5, warmup=0.03, weight_decay=0.05, text_share=0.0),
@@ -95,6 +113,9 @@ def complete(settings: Settings) -> Settings:
     defaults = DEFAULTS.get((settings.preset, settings.stage), DEFAULTS["paper", settings.stage])
     filled = {k: v for k, v in defaults.items() if getattr(settings, k) is None}
     settings = replace(settings, **filled)
+    for name in ("batch", "micro_batch", "pairs_per_video", "max_steps", "max_videos", "threads", "processes"):
+        if (value := getattr(settings, name)) is not None and value < 1:
+            raise VidReasonError(f"{value} is too few (--{name}): give at least 1")
     names = ["captions.jsonl"] if settings.stage == 1 else ["samples.jsonl", "captions.jsonl", "text.jsonl"]
     return replace(
         settings,
@@ -112,17 +133,16 @@ def complete(settings: Settings) -> Settings:
 class Batches:
     """Which samples make up step k: a pure function of (seed, k), so that a resumed run needs no loader state."""
 
-    def __init__(self, settings, model):
+    def __init__(self, settings, model, samples, names):
         self.settings, self.cache, tokenizer = settings, FeatureCache(settings.features), model.tokenizer
         self.num_queries = model.config.num_queries
         by_video, self.text = {}, []
-        samples = [s for path in settings.data for s in read_jsonl(path)]
         for s in tqdm(samples, desc="tokens", mininterval=2):
-            pair = encode_pair(tokenizer, s.question, s.answer)
             if s.video is None:
-                self.text.append(Conversation([pair], tokenizer(s.context, add_special_tokens=False).input_ids))
-            elif s.video in self.cache:
-                by_video.setdefault(s.video, []).append(pair)
+                context = tokenizer(s.context, add_special_tokens=False).input_ids
+                self.text.append(Conversation([encode_pair(tokenizer, s.question, s.answer)], context))
+            elif s.video in names and s.video in self.cache:
+                by_video.setdefault(s.video, []).append(encode_pair(tokenizer, s.question, s.answer))
         self.videos = sorted(by_video.items())
         if not self.videos:
             raise VidReasonError(f"no sample has a readable video ({settings.videos}): check --data and --videos")
@@ -130,9 +150,9 @@ class Batches:
     def step(self, k):
         """→ micro-batches [(Packed, vision | None)] and their number of target tokens"""
         s, rng = self.settings, np.random.default_rng((self.settings.seed, k))
-        epoch, first = divmod(k * s.batch, len(self.videos))
-        order = [np.random.default_rng((s.seed, e, 1)).permutation(len(self.videos)) for e in (epoch, epoch + 1)]
-        chosen = [self.videos[i] for i in np.concatenate(order)[first : first + s.batch]]
+        epochs, places = np.divmod(np.arange(k * s.batch, (k + 1) * s.batch), len(self.videos))
+        order = {e: np.random.default_rng((s.seed, e, 1)).permutation(len(self.videos)) for e in set(epochs.tolist())}
+        chosen = [self.videos[order[e][place]] for e, place in zip(epochs.tolist(), places, strict=True)]
         chosen = [
             (name, [pairs[i] for i in rng.permutation(len(pairs))[: s.pairs_per_video]]) for name, pairs in chosen
         ]
@@ -173,15 +193,22 @@ def build(settings):
     return model.freeze(settings.stage)
 
 
-def parameter_groups(model, settings):
-    """AdamW's groups: weight decay on matrices only, the adapters at their own rate."""
-    groups = {}
+def build_optimizers(model, settings):
+    """AdamW: weight decay on matrices only, the adapters at their own rate. Muon, if asked for: the core's matrices."""
+    groups, matrices = {}, []
     for name, p in model.named_parameters():
-        if p.requires_grad:
+        if p.requires_grad and settings.muon_lr and name.startswith("fusion.layers") and p.ndim == 2:
+            matrices.append(p)
+        elif p.requires_grad:
             decay = settings.weight_decay if p.ndim == 2 and not name.endswith("queries") else 0.0
             lr = settings.lora_lr or settings.lr if "lora_" in name else settings.lr
             groups.setdefault((lr, decay), []).append(p)
-    return [{"params": ps, "lr": lr, "peak": lr, "weight_decay": decay} for (lr, decay), ps in groups.items()]
+    groups = [{"params": ps, "lr": lr, "peak": lr, "weight_decay": decay} for (lr, decay), ps in groups.items()]
+    optimizers = [torch.optim.AdamW(groups, betas=(0.9, 0.98))]
+    if matrices:
+        group = {"params": matrices, "peak": settings.muon_lr}
+        optimizers.append(torch.optim.Muon([group], lr=settings.muon_lr, weight_decay=settings.weight_decay))
+    return optimizers
 
 
 def schedule(step, settings):
@@ -203,24 +230,26 @@ def describe(model):
         )
 
 
-def train_step(model, optimizer, micro, tokens):
+def train_step(model, optimizers, micro, tokens):
     """One optimiser step over a global batch: Eq. 6 divided by all its target tokens → (loss, gradient norm)."""
-    optimizer.zero_grad(set_to_none=True)
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
     total = 0.0
     for packed, vision in micro:
         with precision():
             nll, _ = model(packed, *(vision or ()))
         (nll / tokens).backward()
         total += nll.item()
-    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    trained = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
     norm = nn.utils.clip_grad_norm_(trained, 1.0)
-    optimizer.step()
+    for optimizer in optimizers:
+        optimizer.step()
     return total / tokens, norm.item()
 
 
 @contextmanager
 def precision():
-    """bf16 where the processor multiplies it (2.5 ×); plain products for attention: its fused backward is slow on CPUs."""
+    """bf16 where the processor multiplies it (2.5 ×); unfused attention: the fused backward is slow on CPUs."""
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     with sdpa_kernel(SDPBackend.MATH), torch.autocast("cpu", torch.bfloat16, enabled="avx512_bf16" in flags):
         yield
@@ -250,34 +279,35 @@ def run(settings):
     out = Path(settings.output_dir)
     out.mkdir(parents=True, exist_ok=True)
     model = build(settings)
-    names = {s.video for path in settings.data for s in read_jsonl(path) if s.video}
-    encode_videos(settings.model, model.config, settings.videos, sorted(names), settings.features, settings.processes)
-    batches = Batches(settings, model)
+    samples = [s for path in settings.data for s in read_jsonl(path)]
+    names = sorted({s.video for s in samples if s.video})[: settings.max_videos]
+    encode_videos(model.directory, model.config, settings.videos, names, settings.features, settings.processes)
+    batches = Batches(settings, model, samples, set(names))
     settings.max_steps = settings.max_steps or 4 * len(batches.videos) // settings.batch
     print(
         f"stage {settings.stage}: {len(batches.videos)} videos, {settings.max_steps} steps of {settings.batch}, "
         f"{settings.threads} threads"
     )
     describe(model)
-    optimizer = torch.optim.AdamW(parameter_groups(model, settings), betas=(0.9, 0.98))
+    optimizers = build_optimizers(model, settings)
     began = time.time()
     with (
         open(out / "log.jsonl", "w") as log,
         tqdm(total=settings.max_steps, desc=f"stage {settings.stage}", mininterval=2) as bar,
     ):
         for step in range(settings.max_steps):
-            for group in optimizer.param_groups:
+            for group in (group for optimizer in optimizers for group in optimizer.param_groups):
                 group["lr"] = group["peak"] * schedule(step, settings)
             start = time.time()
             micro, tokens = batches.step(step)
-            loss, norm = train_step(model, optimizer, micro, tokens)
+            loss, norm = train_step(model, optimizers, micro, tokens)
             seconds = time.time() - start
             log.write(
                 json.dumps(
                     {
                         "step": step + 1,
                         "loss": loss,
-                        "lr": optimizer.param_groups[0]["lr"],
+                        "lr": optimizers[0].param_groups[0]["lr"],
                         "grad_norm": norm,
                         "tokens_per_s": tokens / seconds,
                         "samples_per_s": settings.batch / seconds,
@@ -296,12 +326,15 @@ def run(settings):
 
 
 def main():
-    parser = HfArgumentParser(Settings, description=__doc__)
-    try:
-        run(complete(parser.parse_args_into_dataclasses()[0]))
-    except VidReasonError as error:
-        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
+    class TrainParser(Parser, HfArgumentParser):
+        """HfArgumentParser makes the options from Settings, Parser the errors."""
+
+    parser = TrainParser(Settings, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    settings, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
+    if unknown:
+        parser.error(f"unknown option {unknown[0]}")
+    run(complete(settings))
 
 
 if __name__ == "__main__":
-    main()
+    guarded(main)

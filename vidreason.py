@@ -79,8 +79,8 @@ class Config:
 PRESETS = {
     "toy": Config(
         frames_per_clip=4, image_size=96, patch_size=12, encoder_width=128, encoder_layers=4, encoder_heads=4,
-        tubelet=2, frame_difference=4.0, sam="toy", points_per_side=8, masks_per_keyframe=6, sam_iou_threshold=0.7,
-        sam_stability_threshold=0.85, fusion_width=128, fusion_layers=4, fusion_heads=4, max_new_tokens=64,
+        tubelet=2, frame_difference=4.0, sam="toy", points_per_side=8, masks_per_keyframe=6, sam_iou_threshold=0.4,
+        sam_stability_threshold=0.65, fusion_width=128, fusion_layers=4, fusion_heads=4, max_new_tokens=64,
         lora_rank=16, lora_alpha=32, encoder_weights="encoder.safetensors", sam_weights="sam.safetensors", llm="llm",
     ),
     "small": Config(sam="vit_b", llm="Qwen/Qwen2.5-0.5B-Instruct"),

@@ -123,3 +123,16 @@ def videos(tmp_path_factory):
     made["plain"] = folder / "plain.txt"
     made["plain"].write_bytes(broken["text"])
     return {**made, "folder": folder, "missing": folder / "missing.mp4"}
+
+
+@pytest.fixture
+def write_clips():
+    """write_clips(folder, n) → the names of n small videos in it."""
+
+    def write(folder, n):
+        folder.mkdir(exist_ok=True)
+        for i in range(n):
+            write_video(folder / f"{i}.mp4")
+        return [f"{i}.mp4" for i in range(n)]
+
+    return write

@@ -167,6 +167,8 @@ def test_outcome_and_pair_checkers():
     assert not world.check_outcome("the red pin will hit the blue balloon and the blue balloon will drift", truth)
     assert world.names_pair("the red pin will hit the blue balloon and the red pin will stop", truth)
     assert not world.names_pair("the blue balloon will hit the red pin and the blue balloon will pop", truth)
+    like = "the red ball will hit the blue ball and the blue ball will roll"
+    assert not world.check_outcome("the red ball will hit the blue ball and the red ball will roll", like)
     assert not world.check_outcome("", truth) and not world.names_pair("", truth)
 
 

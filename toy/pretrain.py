@@ -2,8 +2,8 @@
 
     python -m toy.pretrain world       # training and validation videos as mp4, decoded once (runs/world)
     python -m toy.pretrain llm         # stories, questions and world knowledge, text only   (toy/weights/llm)
-    python -m toy.pretrain encoder     # the video transformer: what is where, how it moves  (toy/weights/encoder.safetensors)
-    python -m toy.pretrain sam         # segment_anything from point prompts                 (toy/weights/sam.safetensors)
+    python -m toy.pretrain encoder     # the video transformer: what is where, how it moves (toy/weights/encoder…)
+    python -m toy.pretrain sam         # segment_anything from point prompts                (toy/weights/sam…)
 
 Real projects download these three; no training of theirs belongs to the paper. They see no held-out pair of kinds in
 any video, and the encoder and SAM read pixels decoded from mp4, as they will at inference. Everything is seeded.
@@ -14,11 +14,15 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # a busy neighbour costs 25 × otherwise, see the README
 import argparse
+import hashlib
 import json
 import math
 import multiprocessing
+import shutil
+import subprocess
 import time
 from collections import defaultdict
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -46,13 +50,13 @@ def cosine(step, steps, warmup=100, floor=0.02):
     return min(1.0, (step + 1) / warmup) * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * late)))
 
 
-def train(log_path, parameters, lr, steps, loss_of_step, watch, weight_decay=0.05, every=100):
-    """The loop that the three models share: AdamW, clipping, cosine, progress bar; a log line per `every` steps.
+def train(log_path, parameters, lr, steps, loss_of_step, watch, weight_decay=0.05):
+    """The loop that the three models share: AdamW, clipping, cosine, progress bar, a line of log now and then.
 
     loss_of_step(step) → loss, {figure: value}; watch(step) → more figures (validation), and may save.
     """
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=weight_decay)
-    recent, began = defaultdict(list), time.time()
+    recent, began, every = defaultdict(list), time.time(), min(100, max(1, steps // 4))
     with open(log_path, "w") as log, tqdm(total=steps, desc=log_path.stem, mininterval=5) as bar:
         for step in range(steps):
             for group in optimizer.param_groups:
@@ -245,13 +249,12 @@ class TextBatches:
         return [self.bos, self.user, *question, self.assistant], [*answer, self.eos]
 
     def document(self, short):
-        """→ context ids, [(prompt ids, target ids)]; `short`: only the list of things, to teach look-ups first."""
+        """→ context ids, [(prompt ids, target ids)]; `short`: a list of things and look-ups in it, nothing else."""
+        if short:
+            return self.lookups()
         if self.rng.random() < 0.1:
             return self.knowledge()
         story, questions = self.stories[self.rng.integers(len(self.stories))]
-        if short:
-            story = story[: story.index(self.stop) + 1]
-            questions = [q for q in questions if q[0] in ("colour", "kind", "count", "absent")]
         questions = [questions[i] for i in self.rng.permutation(len(questions))[:6]]  # attention costs length squared
         pairs = [self.pair(q, a) for _, q, a in questions]
         if self.rng.random() < 0.25:
@@ -260,6 +263,21 @@ class TextBatches:
         permuted[self.colours] = self.rng.permutation(self.colours)  # colours mean nothing: any may be any
         swap = lambda ids: permuted[ids].tolist()
         return swap(story), [(swap(p), swap(t)) for p, t in pairs]
+
+    def lookups(self):
+        """A list of things, then "the ball is" → "red", "a red" → "ball" for each of them.
+
+        To find a word by the word beside it takes two layers that learn together, and late; a small LLM that cannot do
+        it names a kind and a colour that are there but do not belong together. With a loss on nothing but look-ups it
+        learns them in minutes.
+        """
+        n = self.rng.integers(2, 5)
+        kinds = self.rng.choice(world.KINDS[:-1], n, replace=False)
+        things = list(zip(self.rng.permutation(list(world.COLOURS))[:n], kinds, strict=True))
+        listing = world.listing([world.a(f"{c} {k}") for c, k in things])
+        pairs = [([self.bos, *self.words(f"the {k} is")], self.words(c)) for c, k in things]
+        pairs += [([self.bos, *self.words(world.a(c))], self.words(k)) for c, k in things]
+        return self.words(f"there are {world.NUMBERS[n]} objects : {listing} ."), pairs
 
     def knowledge(self):
         pairs = []
@@ -274,7 +292,7 @@ class TextBatches:
         return [], pairs
 
     def batch(self, size, short):
-        """→ ids, positions (B, T), mask (B, 1, T, T) additive, weights (B, T): of each token as a target of the loss."""
+        """→ ids, positions (B, T), mask (B, 1, T, T) additive, weights (B, T): of each token as a target."""
 
         def length_of(document):
             return len(document[0]) + sum(len(p) + len(t) for p, t in document[1])
@@ -362,8 +380,12 @@ def pretrain_llm(args):
     )  # for this mask faster than SDPA on a CPU
     print(f"LLM: {sum(p.numel() for p in llm.parameters()) / 1e6:.2f} M parameters, {len(tokenizer)} words")
 
+    def short(step):
+        """Share of look-up documents: all at first, a tenth in the end."""
+        return 1.0 if step < args.lookup_steps else max(0.1, 0.5 - (step - args.lookup_steps) / args.steps)
+
     def loss_of_step(step):
-        ids, positions, mask, weights = batches.batch(args.batch, 0.5 * max(0.0, 1 - 2.5 * step / args.steps))
+        ids, positions, mask, weights = batches.batch(args.batch, short(step))
         logits = llm(input_ids=ids, position_ids=positions, attention_mask=mask).logits
         nll = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), ids[:, 1:], reduction="none")
         # a pair's first token follows the previous pair in memory only; its weight is 0, as for every prompt token
@@ -668,6 +690,39 @@ def pretrain_sam(args):
     save_file({k: v.half() for k, v in sam.state_dict().items()}, args.weights / "sam.safetensors")
 
 
+# --------------------------------------------------------------------------- what the repository ships
+
+COMMANDS = [
+    "python -m toy.pretrain world",
+    "python -m toy.pretrain llm",
+    "python -m toy.pretrain encoder",
+    "python -m toy.pretrain sam",
+    "python train.py --stage 1",
+    "python train.py --stage 2",
+    "python -m toy.pretrain ship",
+]
+
+
+def ship(args):
+    """Put the newest stage-2 run beside the foundation models, in fp16, with where everything comes from."""
+    from vidreason import VidReason
+
+    run = args.runs / "stage2" / "model"
+    VidReason.load(run).save(args.weights, parts=("fusion", "lora"), dtype=torch.float16)
+    shutil.copy(run / "familiar.safetensors", args.weights)
+    files = sorted(p for p in args.weights.rglob("*") if p.is_file() and p.name != "provenance.json")
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    provenance = {
+        "commands": COMMANDS,
+        "seed": args.seed,
+        "commit": commit,
+        "versions": {name: version(name) for name in ("torch", "transformers", "peft", "segment-anything")},
+        "sha256": {str(p.relative_to(args.weights)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files},
+    }
+    (args.weights / "provenance.json").write_text(json.dumps(provenance, indent=2) + "\n")
+    print(f"{sum(p.stat().st_size for p in files) / 2**20:.1f} MiB: {args.weights}")
+
+
 # --------------------------------------------------------------------------- command line
 
 
@@ -689,18 +744,19 @@ def main():
     p.add_argument("--val_clips", type=int, default=400)
     p = sub.add_parser("llm", parents=[common], help="train the toy LLM on text")
     for flag, default in dict(
-        stories=30000, steps=2600, batch=32, width=128, layers=5, heads=2, evaluate_every=500
+        stories=16000, steps=2600, lookup_steps=800, batch=32, width=128, layers=5, heads=2, evaluate_every=400
     ).items():
         p.add_argument(f"--{flag}", type=int, default=default)
-    p.add_argument("--lr", type=float, default=1.5e-3)
+    p.add_argument("--lr", type=float, default=1e-3)
     p = sub.add_parser("encoder", parents=[common], help="train the video transformer")
     for flag, default in dict(clips=None, steps=3200, batch=64, evaluate_every=500).items():
         p.add_argument(f"--{flag}", type=int, default=default)
     p.add_argument("--lr", type=float, default=1e-3)
     p = sub.add_parser("sam", parents=[common], help="train the toy SAM")
-    for flag, default in dict(steps=3000, batch=12, points=10, evaluate_every=500).items():
+    for flag, default in dict(steps=1600, batch=12, points=10, evaluate_every=400).items():
         p.add_argument(f"--{flag}", type=int, default=default)
     p.add_argument("--lr", type=float, default=8e-4)
+    sub.add_parser("ship", parents=[common], help="write the newest stage-2 run into toy/weights")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     args.runs.mkdir(parents=True, exist_ok=True)
@@ -710,7 +766,7 @@ def main():
         write_text(args.runs / "world" / "train" / "text.jsonl", args.seed, args.clips // 2)
     else:
         args.weights.mkdir(parents=True, exist_ok=True)
-        {"llm": pretrain_llm, "encoder": pretrain_encoder, "sam": pretrain_sam}[args.part](args)
+        {"llm": pretrain_llm, "encoder": pretrain_encoder, "sam": pretrain_sam, "ship": ship}[args.part](args)
 
 
 if __name__ == "__main__":

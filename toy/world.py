@@ -501,6 +501,16 @@ def write_mp4(path, frames, fps=FPS):
     aside.rename(path)
 
 
+def write_gif(path, frames, fps=FPS, scale=2):
+    """The same as an animated picture, enlarged, for a README."""
+    from PIL import Image
+
+    pictures = [
+        Image.fromarray(f).resize((f.shape[1] * scale, f.shape[0] * scale), Image.NEAREST).quantize(24) for f in frames
+    ]
+    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=1000 // fps, loop=0, optimize=True)
+
+
 # --------------------------------------------------------------------------- language
 
 NUMBERS = ["zero", "one", "two", "three", "four"]
@@ -691,9 +701,11 @@ def question_sets(clip, rng) -> list[tuple]:
         once = sum((f.subject, f.type) == (e.subject, e.type) for f in effects) == 1
         wall = clip.events[e.cause].type == "wall"
         # "why did it fall in?" needs no video (the hole); walls are so common that they would be a good guess
-        if once and e.type != "fall" and (not wall or rng.random() < 0.3):
+        by_itself = e.type in MOTION.values() and any(f.type == "start" and f.subject == e.subject for f in seen)
+        if once and e.type != "fall" and not by_itself and (not wall or rng.random() < 0.3):
             out.append(("why", {"x": things[e.subject].name, "y": e.type}, "because " + because(clip, e), None))
-    if effects and not clip.next_hit:
+    last_is_clear = len(effects) == 1 or (effects and effects[-1].time - effects[-2].time > 0.3)
+    if last_is_clear and not clip.next_hit:
         last = effects[-1]
         out.append(("bare why", {}, f"{clause(clip, last, PAST, False)} because {because(clip, last)}", None))
         steps = [clause(clip, e, PAST, False) for e in chain_to(clip, last)]
@@ -717,12 +729,17 @@ def order_question(clip, rng) -> list[tuple]:
         return []
     first, second = pairs[rng.integers(len(pairs))]
     said = [clause(clip, e, PAST, False) for e in (first, second)]
+    if any([clause(clip, e, PAST, False) for e in clip.visible].count(text) > 1 for text in said):
+        return []
     asked = [said[i] for i in rng.permutation(2)]
     return [("order", {"x": asked[0][4:], "y": asked[1][4:]}, said[0], asked)]
 
 
 def counterfactual_question(clip, effects, rng) -> list[tuple]:
     """Would it have happened without …? Answered by running the world again, yes and no equally often."""
+    effects = [
+        e for e in effects if e.type in ("break", "pop", "fall", "bounce")
+    ]  # to stop or roll has other causes too
     if not effects or clip.next_hit:
         return []
     e = effects[rng.integers(len(effects))]
@@ -782,7 +799,7 @@ IGNORED = {"the", "a", "an", "will", "in", "then"}
 
 def normalise(text: str) -> list[tuple[str, ...]]:
     """A sentence as its clauses, each a tuple of base-form words: tense, articles and punctuation carry no meaning."""
-    words = re.findall(r"[a-z]+|[.,]", text.lower().replace("started moving", "moved"))
+    words = re.findall(r"\w+|[.,]", text.lower().replace("started moving", "moved").replace(", because", " because"))
     clauses, current = [], []
     for word in [*words, "."]:
         if word in (".", ",", "and"):
@@ -803,11 +820,13 @@ def check(answer: str, truth: str) -> bool:
 def check_outcome(answer: str, truth: str) -> bool:
     """For predictions: who is affected (its kind) and what becomes of it are right; colours and the pair may differ."""
 
-    def last(text):
-        clauses = normalise(text)
-        return [w for w in clauses[-1] if w not in COLOUR_ORDER] if clauses else []
+    clauses, kinds = normalise(truth), [w for w in normalise(truth)[0] if w in KINDS]
+    free = COLOUR_ORDER if len(set(kinds)) == 2 else ()  # of two like things the colour tells which one
 
-    return bool(last(answer)) and last(answer) == last(truth)
+    def last(found):
+        return [w for w in found[-1] if w not in free] if found else []
+
+    return last(normalise(answer)) == last(clauses)
 
 
 def names_pair(answer: str, truth: str) -> bool:
@@ -861,6 +880,7 @@ def main():
     parser.add_argument(
         "--titles", action="store_true", help="name files after what happens in them instead of by number"
     )
+    parser.add_argument("--gif", action="store_true", help="write each clip as an animated picture too")
     parser.add_argument("--out", type=Path, required=True, help="folder for the mp4 files and samples.jsonl")
     args = parser.parse_args()
     from tqdm import tqdm
@@ -873,6 +893,8 @@ def main():
         ):
             clip = make_clip(args.seed, i, args.split, held_out, cut=True if held_out else None)
             name = f"{title(clip)}-{i}" if args.titles else sample_id(args.split, args.seed, i, held_out)
+            if args.gif:
+                write_gif(args.out / f"{name}.gif", render(clip)[0])
             file.writelines(json.dumps(record) + "\n" for record in write_clip(clip, name, args.out))
     aside.rename(args.out / "samples.jsonl")
     print(f"{args.clips + args.held_out} clips and their questions: {args.out}")

@@ -1,0 +1,52 @@
+"""The weights in the repository: where they come from, and that they do what the README says."""
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from toy import world
+
+ROOT = Path(__file__).resolve().parent.parent
+WEIGHTS, CLIPS = ROOT / "toy" / "weights", ROOT / "toy" / "clips"
+MARGIN = 0.10  # 60 clips are few: a type may fall this far below its figure in the README by chance
+
+
+def test_files_are_those_of_the_provenance():
+    provenance = json.loads((WEIGHTS / "provenance.json").read_text())
+    files = {str(p.relative_to(WEIGHTS)): p for p in WEIGHTS.rglob("*") if p.is_file() and p.name != "provenance.json"}
+    assert files.keys() == provenance["sha256"].keys()
+    for name, path in files.items():
+        assert hashlib.sha256(path.read_bytes()).hexdigest() == provenance["sha256"][name], name
+    assert sum(p.stat().st_size for p in files.values()) <= 16 * 2**20
+
+
+def test_toy_clips_cover_every_type():
+    records = [json.loads(line) for line in (CLIPS / "samples.jsonl").read_text().splitlines()]
+    assert {r["type"] for r in records} == set(world.QUESTIONS)
+    videos = {r["video"] for r in records}
+    assert videos == {p.name for p in CLIPS.glob("*.mp4")} and len(videos) >= 12
+
+
+@pytest.fixture(scope="module")
+def scores(tmp_path_factory):
+    out = tmp_path_factory.mktemp("shipped") / "scores.json"
+    options = ["--seed", "11", "--clips", "60", "--split", "val", "--out", str(out)]
+    subprocess.run([sys.executable, "evaluate.py", "toy", *options], cwd=ROOT, check=True, capture_output=True)
+    return json.loads(out.read_text())["summary"]
+
+
+def test_shipped_weights_reach_the_figures_of_the_readme(scores):
+    lines = [line.split("|") for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| ")]
+    figures = {c[1].strip(): float(c[2]) for c in lines if c[1].strip() in {*world.QUESTIONS, "all together"}}
+    assert figures.keys() == {*world.QUESTIONS, "all together"}
+    assert scores["accuracy"] > figures["all together"] - 0.04
+    for type_, row in scores["by_type"].items():
+        assert row["accuracy"] > figures[type_] - max(MARGIN, 1.5 / row["n"] ** 0.5), (type_, row)
+
+
+def test_blind_answers_are_poor(scores):
+    assert scores["blind_accuracy"] < 0.45 < scores["accuracy"]
