@@ -82,21 +82,23 @@ class Settings:
 # The paper's values are those of preset "paper"; the toy's come from its validation split.
 DEFAULTS = {
     ("toy", 1): dict(
-        max_videos=8000,
+        max_videos=5500,
         max_steps=1500,
         batch=32,
         pairs_per_video=1,
-        lr=2e-3,
+        lr=1e-3,
+        muon_lr=0.02,
         warmup=100,
         weight_decay=0.02,
         text_share=0.0,
     ),
     ("toy", 2): dict(
-        max_videos=8000,
-        max_steps=2500,
+        max_videos=5500,
+        max_steps=2400,
         batch=32,
         pairs_per_video=8,
         lr=1e-3,
+        muon_lr=0.01,
         warmup=100,
         weight_decay=0.02,
         text_share=0.25,
@@ -278,8 +280,8 @@ def run(settings):
     torch.set_num_threads(settings.threads)
     out = Path(settings.output_dir)
     out.mkdir(parents=True, exist_ok=True)
-    model = build(settings)
     samples = [s for path in settings.data for s in read_jsonl(path)]
+    model = build(settings)
     names = sorted({s.video for s in samples if s.video})[: settings.max_videos]
     encode_videos(model.directory, model.config, settings.videos, names, settings.features, settings.processes)
     batches = Batches(settings, model, samples, set(names))

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -58,7 +59,7 @@ def test_bad_records_are_named_by_file_and_line(tmp_path, line):
         data.read_jsonl(path)
 
 
-def test_features_survive_a_kill_between_shards(config, tmp_path, monkeypatch, write_clips):
+def test_features_survive_a_kill_between_shards(config, tmp_path, write_clips):
     """Shards finish out of order; what a killed run left behind is neither lost nor computed again."""
     from safetensors.torch import save_file
 
@@ -68,7 +69,7 @@ def test_features_survive_a_kill_between_shards(config, tmp_path, monkeypatch, w
     save_file(VideoTransformer(config).state_dict(), tmp_path / "encoder.safetensors")
     save_file(build_sam(config).state_dict(), tmp_path / "sam.safetensors")
     out = tmp_path / "features"
-    config.encoder_weights, config.sam_weights = "encoder.safetensors", "sam.safetensors"
+    config = replace(config, encoder_weights="encoder.safetensors", sam_weights="sam.safetensors")
     data.encode_videos(tmp_path, config, tmp_path / "videos", names, out, processes=1, shard_size=2)
     before = {n: data.FeatureCache(out)[n].z_vision for n in names}
     for leftover in out.glob("shard-000001.*"):
@@ -89,13 +90,13 @@ def test_unreadable_videos_are_named_not_replaced(config, tmp_path, write_clips)
     (tmp_path / "bad.mp4").write_text("not a video")
     save_file(VideoTransformer(config).state_dict(), tmp_path / "encoder.safetensors")
     save_file(build_sam(config).state_dict(), tmp_path / "sam.safetensors")
-    config.encoder_weights, config.sam_weights = "encoder.safetensors", "sam.safetensors"
+    config = replace(config, encoder_weights="encoder.safetensors", sam_weights="sam.safetensors")
     data.encode_videos(tmp_path, config, tmp_path, [*names, "bad.mp4"], tmp_path / "features")
     cache = data.FeatureCache(tmp_path / "features")
     assert set(cache.videos) == set(names) and "bad.mp4" in cache.bad
 
 
 def test_missing_weights_stop_before_any_worker_starts(config, tmp_path):
-    config.encoder_weights, config.sam_weights = "nowhere.safetensors", "nowhere.safetensors"
+    config = replace(config, encoder_weights="nowhere.safetensors", sam_weights="nowhere.safetensors")
     with pytest.raises(VidReasonError, match="nowhere.safetensors"):
         data.encode_videos(tmp_path, config, tmp_path, ["a.mp4"], tmp_path / "features")

@@ -33,10 +33,8 @@ def recipe(tmp_path_factory):
     run(f"-m toy.pretrain sam {places} --steps 60 --batch 4")
     train = f"train.py --model {weights} --videos {world} --features {runs / 'features'} --batch 8 --max_steps 40"
     run(f"{train} --stage 1 --data {world / 'captions.jsonl'} --output_dir {runs / 'stage1'}")
-    run(
-        f"{train} --stage 2 --data {world / 'samples.jsonl'} {world / 'text.jsonl'} --init_from {runs / 'stage1' / 'model'} "
-        f"--output_dir {runs / 'stage2'}"
-    )
+    start = f"--init_from {runs / 'stage1' / 'model'} --output_dir {runs / 'stage2'}"
+    run(f"{train} --stage 2 --data {world / 'samples.jsonl'} {world / 'text.jsonl'} {start}")
     return runs, train
 
 

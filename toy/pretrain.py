@@ -265,7 +265,7 @@ class TextBatches:
         return swap(story), [(swap(p), swap(t)) for p, t in pairs]
 
     def lookups(self):
-        """A list of things, then "the ball is" → "red", "a red" → "ball" for each of them.
+        """A list of things and their motions, then "the ball is" → "red", "the red ball moved" → "left" and so on.
 
         To find a word by the word beside it takes two layers that learn together, and late; a small LLM that cannot do
         it names a kind and a colour that are there but do not belong together. With a loss on nothing but look-ups it
@@ -277,7 +277,11 @@ class TextBatches:
         listing = world.listing([world.a(f"{c} {k}") for c, k in things])
         pairs = [([self.bos, *self.words(f"the {k} is")], self.words(c)) for c, k in things]
         pairs += [([self.bos, *self.words(world.a(c))], self.words(k)) for c, k in things]
-        return self.words(f"there are {world.NUMBERS[n]} objects : {listing} ."), pairs
+        verbs = [world.PRESENT[v] for v in ("start", "roll", "slide", "drift", "bounce")]
+        motions = [(f"{c} {k}", str(self.rng.choice(verbs)), str(self.rng.choice(world.DIRECTIONS))) for c, k in things]
+        pairs += [([self.bos, *self.words(f"the {name} moved")], self.words(way)) for name, _, way in motions]
+        told = [f"the {name} {verb} {way} ." for name, verb, way in (motions[i] for i in self.rng.permutation(n))]
+        return self.words(f"there are {world.NUMBERS[n]} objects : {listing} . {' '.join(told)}"), pairs
 
     def knowledge(self):
         pairs = []
@@ -378,6 +382,8 @@ def pretrain_llm(args):
             attn_implementation="eager",
         )
     )  # for this mask faster than SDPA on a CPU
+    if args.init:
+        llm = LlamaForCausalLM.from_pretrained(args.init, dtype=torch.float32, attn_implementation="eager")
     print(f"LLM: {sum(p.numel() for p in llm.parameters()) / 1e6:.2f} M parameters, {len(tokenizer)} words")
 
     def short(step):
@@ -748,6 +754,7 @@ def main():
     ).items():
         p.add_argument(f"--{flag}", type=int, default=default)
     p.add_argument("--lr", type=float, default=1e-3)
+    p.add_argument("--init", help="directory of an LLM to go on with, instead of random weights")
     p = sub.add_parser("encoder", parents=[common], help="train the video transformer")
     for flag, default in dict(clips=None, steps=3200, batch=64, evaluate_every=500).items():
         p.add_argument(f"--{flag}", type=int, default=default)
