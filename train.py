@@ -93,10 +93,10 @@ DEFAULTS = {
         text_share=0.0,
     ),
     ("toy", 2): dict(
-        max_videos=5500,
-        max_steps=2400,
+        max_videos=8000,
+        max_steps=1300,
         batch=32,
-        pairs_per_video=8,
+        pairs_per_video=7,
         lr=1e-3,
         muon_lr=0.01,
         warmup=100,
