@@ -112,6 +112,9 @@ def complete(settings: Settings) -> Settings:
     """Fill what was not given on the command line from the preset and stage."""
     if settings.stage not in (1, 2):
         raise VidReasonError(f"there is no stage {settings.stage} (--stage): choose 1 or 2; stage 0 is toy/pretrain.py")
+    if settings.preset != "toy" and not settings.model:
+        where = "--model): give a directory whose config.json names the encoder, the SAM and the LLM"
+        raise VidReasonError(f"preset {settings.preset} needs a model directory ({where}")
     defaults = DEFAULTS.get((settings.preset, settings.stage), DEFAULTS["paper", settings.stage])
     filled = {k: v for k, v in defaults.items() if getattr(settings, k) is None}
     settings = replace(settings, **filled)

@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
         ("train.py --stage 1 --bogus", "unknown option --bogus"),
         ("train.py --stage 7", "no stage 7"),
         ("train.py --stage 1 --batch 0", "--batch"),
+        ("train.py --stage 1 --preset paper", "preset paper needs a model directory"),
         ("train.py --stage 1 --data nowhere.jsonl", "nowhere.jsonl"),
         ("evaluate.py nope", "nope"),
         ("evaluate.py toy --clips 0", "--clips"),

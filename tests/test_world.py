@@ -100,6 +100,14 @@ def test_cut_clips_end_before_the_hit_and_the_prediction_comes_true(clips, held_
         assert world.prediction(clip).split()[-1 if effect != "fall" else -2] == world.FUTURE[effect].split()[1]
 
 
+def test_noise_blurs_the_launch_and_nothing_else():
+    things = [world.Thing("ball", "red", (0.2, 0.5), (0.4, 0.0), 0.1), world.Thing("box", "green", (0.5, 0.85))]
+    exact = world.simulate(things).trajectory
+    noisy = [world.simulate(things, noise=0.02, rng=np.random.default_rng(i)).trajectory for i in range(3)]
+    assert all(0 < np.abs(t[:6, 0] - exact[:6, 0]).max() < 0.1 for t in noisy)
+    assert all(np.array_equal(t[:, 1], exact[:, 1]) for t in noisy)
+
+
 def test_removing_an_onlooker_changes_nothing_and_the_hitter_everything():
     things = [
         world.Thing("ball", "red", (0.2, 0.5), (0.4, 0.0), 0.1),

@@ -396,19 +396,19 @@ def coverage(signed_distance, softness):
 
 def layers(kind, state, u, v, colour, soft):
     """Painter's layers [(alpha, rgb)] of a thing; u, v are pixel coordinates in units of its radius."""
-    c = np.array(colour)
-    dark, light, r, white = c * 0.55, c * 0.5 + 0.5, np.hypot(u, v), np.ones(3)
+    c, r, white = np.array(colour), np.hypot(u, v), np.ones(3)
+    dark, light = c * 0.55, c * 0.5 + 0.5
     if kind == "hole":
         return [(coverage(r - 1, soft), np.full(3, 0.04))]
+    a = np.arctan2(v, u)
     if state == 1:  # broken: shell, yolk, splinters of its colour
-        a = np.arctan2(v, u)
         return [
             (coverage(r - 0.9 - 0.25 * np.cos(7 * a), soft), np.array([0.97, 0.95, 0.85])),
             (coverage(r - 0.45, soft), np.array([1.0, 0.7, 0.05])),
             (coverage(np.abs(r - 0.8) - 0.16, soft) * (np.cos(3 * a) > 0), c),
         ]
     if state == 2:  # popped: torn rubber
-        return [(coverage(np.abs(r - 0.75) - 0.22, soft) * np.clip(np.cos(6 * np.arctan2(v, u)) * 3, 0, 1), c)]
+        return [(coverage(np.abs(r - 0.75) - 0.22, soft) * np.clip(np.cos(6 * a) * 3, 0, 1), c)]
     if kind == "ball":
         return [
             (coverage(r - 1, soft), dark),
@@ -450,11 +450,8 @@ def layers(kind, state, u, v, colour, soft):
             (coverage(np.abs(u - v) / 1.4 - 0.1, soft) * (diamond < 0.75), white),
         ]
     pillow = (np.abs(u)) ** 4 + (np.abs(v) / 0.7) ** 4
-    return [
-        (coverage(pillow - 1, soft * 3), dark),
-        (coverage(pillow - 0.6, soft * 3), c),
-        (coverage(np.abs(np.abs(u) - 0.45) - 0.08, soft) * (pillow < 0.6), light),
-    ]
+    seams = coverage(np.abs(np.abs(u) - 0.45) - 0.08, soft) * (pillow < 0.6)
+    return [(coverage(pillow - 1, soft * 3), dark), (coverage(pillow - 0.6, soft * 3), c), (seams, light)]
 
 
 def render(clip: Clip) -> tuple[np.ndarray, np.ndarray]:
