@@ -21,7 +21,7 @@ import multiprocessing
 import shutil
 import subprocess
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from importlib.metadata import version
 from pathlib import Path
 
@@ -240,7 +240,8 @@ class TextBatches:
             (self.words(story), [(t, self.words(q), self.words(a)) for t, q, a in questions])
             for story, questions in tqdm(stories, desc="tokens")
         ]
-        self.stop = tokenizer.convert_tokens_to_ids(".")
+        count = Counter(type_ for _, questions in self.stories for type_, _, _ in questions)
+        self.rarity = {type_: 1 / n for type_, n in count.items()}
 
     def words(self, text):
         return self.tokenizer(text, add_special_tokens=False).input_ids
@@ -255,7 +256,9 @@ class TextBatches:
         if self.rng.random() < 0.1:
             return self.knowledge()
         story, questions = self.stories[self.rng.integers(len(self.stories))]
-        questions = [questions[i] for i in self.rng.permutation(len(questions))[:6]]  # attention costs length squared
+        weights = np.array([self.rarity[type_] for type_, _, _ in questions])  # the rarer types are the harder ones
+        few = min(6, len(questions))  # attention costs length squared
+        questions = [questions[i] for i in self.rng.choice(len(questions), few, False, weights / weights.sum())]
         pairs = [self.pair(q, a) for _, q, a in questions]
         if self.rng.random() < 0.25:
             pairs.append(self.pair(self.caption_prompt, story))
@@ -750,7 +753,7 @@ def main():
     p.add_argument("--val_clips", type=int, default=400)
     p = sub.add_parser("llm", parents=[common], help="train the toy LLM on text")
     for flag, default in dict(
-        stories=16000, steps=2600, lookup_steps=800, batch=32, width=128, layers=5, heads=2, evaluate_every=400
+        stories=16000, steps=3400, lookup_steps=800, batch=32, width=128, layers=5, heads=2, evaluate_every=400
     ).items():
         p.add_argument(f"--{flag}", type=int, default=default)
     p.add_argument("--lr", type=float, default=1e-3)
