@@ -1,10 +1,25 @@
 """Train the fusion core (stage 1), then the fusion core and LoRA adapters of the LLM (stage 2): §3.4 of the paper.
 
-    python train.py --stage 1                      # toy world: captions, everything else frozen
-    python train.py --stage 2                      # toy world: questions and answers, from the newest stage-1 run
+Laptop, the toy world:
+    python train.py --stage 1                      # captions; everything but the fusion core is frozen
+    python train.py --stage 2                      # questions and answers, from the newest stage-1 run
+    torchrun --nproc_per_node 2 train.py --stage 1 # the same on two processes
 
-Both read Z_vision from `--features`, computed once (and now, if it is not there yet). The loss is the mean over the
-target tokens of the global batch (Eq. 6), however that batch is split into micro-batches.
+One machine with 8 GPUs, the paper's sizes and settings:
+    torchrun --nproc_per_node 8 train.py --stage 1 --preset paper --encoder_weights ViCLIP-B-16.pth \\
+        --sam_weights sam_vit_h_4b8939.pth --data webvid.csv --videos VIDEOS --features FEATURES
+Four machines, the same command on each (HOST is the first):
+    torchrun --nnodes 4 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 train.py …
+SLURM:
+    HOST=$(scontrol show hostnames $SLURM_JOB_NODELIST | head -1)
+    srun --nodes 4 --ntasks-per-node 1 torchrun --nnodes 4 --nproc_per_node 8 --rdzv_backend c10d \\
+        --rdzv_id $SLURM_JOB_ID --rdzv_endpoint $HOST:29500 train.py …
+Before renting any of them:
+    python train.py --preset paper --plan --world_size 32
+
+Frozen vision is computed once, into --features; a video that cannot be read is named in bad_videos.jsonl and skipped
+on every rank. The loss is the mean over the target tokens of the global batch (Eq. 6), however many processes and
+micro-batches share it. The same command again goes on from the newest complete checkpoint in --output_dir.
 """
 
 import os
@@ -13,98 +28,112 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # a busy neighbour costs 25
 import argparse
 import json
 import math
+import resource
+import shutil
 import time
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
-from data import ROOT, TOY_MODEL, FeatureCache, Parser, encode_videos, guarded, read_jsonl, write_familiar
-from vidreason import PRESETS, Conversation, VidReason, VidReasonError, collate_features, encode_pair, pack, read_config
+from data import (
+    ROOT,
+    TOY_MODEL,
+    Batches,
+    FeatureCache,
+    Parser,
+    encode_videos,
+    guarded,
+    read_samples,
+    report_bad,
+    write_familiar,
+    write_json,
+)
+from vidreason import PRESETS, VidReason, VidReasonError, read_config
 
 TOY_DATA = ROOT / "runs" / "world" / "train"
 
 
+def option(help, default=None, **metadata):
+    return field(default=default, metadata={"help": help, **metadata})
+
+
 @dataclass
 class Settings:
-    stage: int = field(metadata={"help": "1: align the fusion core on captions; 2: instruction tuning with LoRA."})
-    preset: str = field(
-        default="toy", metadata={"help": "Model sizes and this stage's defaults.", "choices": list(PRESETS)}
+    stage: int = option("1: align the fusion core on captions; 2: instruction tuning with LoRA.", 1)
+    preset: str = option("Model sizes, and this stage's defaults.", "toy", choices=list(PRESETS))
+    # what is trained on what
+    model: str | None = option("Model directory whose config.json replaces the preset's sizes (toy: toy/weights).")
+    encoder_weights: str | None = option("Weights of the video transformer: .safetensors, or ViCLIP's .pth.")
+    sam: str | None = option("Which Segment Anything: vit_b, vit_l, vit_h or toy.")
+    sam_weights: str | None = option("Its weights: .safetensors, or an official sam_vit_*.pth.")
+    llm: str | None = option("The LLM: a directory, or a hub id.")
+    init_from: str | None = option("Model directory whose fusion core stage 2 starts from (default: newest stage 1).")
+    data: list[str] | None = option("Files of records: .jsonl, .csv or .tar, see data.py.")
+    videos: str | None = option("Folder that the records' video names are relative to.")
+    max_videos: int | None = option("Use the first so many videos of the data only.")
+    features: str | None = option(
+        "Folder of Z_vision shards; missing ones are computed first (default: runs/features)."
     )
-    model: str | None = field(
-        default=None, metadata={"help": "Model directory that names the frozen parts (default: toy/weights)."}
+    max_bad_fraction: float = option("Stop if more than this share of the videos cannot be read.", 0.01)
+    # how
+    epochs: float | None = option("Passes over the videos.")
+    max_steps: int | None = option("Optimiser steps, in place of epochs.")
+    batch: int | None = option("Videos per optimiser step, over all processes.")
+    micro_batch: int | None = option("Videos per forward pass of one process (default: its whole share).")
+    pairs_per_video: int | None = option("Questions of one video that share a row.")
+    lr: float | None = option("Peak learning rate.")
+    lora_lr: float | None = option("Peak learning rate of the adapters (default: the same).")
+    muon_lr: float | None = option("If given, the fusion core's matrices are trained by Muon at this peak rate.")
+    warmup: float | None = option("Warm-up: steps if at least 1, else a share of the run.")
+    weight_decay: float | None = option("Of matrices; norms, biases and queries have none.")
+    text_share: float | None = option("Text-only records per video record in a batch (stage 2's replay).")
+    seed: int = option("Seed of initialisation and sample order.", 0)
+    # where and how fast
+    output_dir: str | None = option("Where log.jsonl, loss.png, checkpoints/ and model/ go (default: runs/stageN).")
+    save_every: int = option("Steps between checkpoints.", 200)
+    keep: int = option("How many of the newest checkpoints are kept.", 2)
+    restart: bool = option("Delete the checkpoints in --output_dir and begin anew.", False)
+    device: str = option("auto takes a GPU if there is one.", "auto", choices=["auto", "cpu", "cuda"])
+    precision: str = option(
+        "bf16 arithmetic, or fp32; auto: bf16 where the processor has it.", "auto", choices=["auto", "bf16", "fp32"]
     )
-    init_from: str | None = field(
-        default=None, metadata={"help": "Run whose fusion core stage 2 starts from (default: newest stage 1)."}
+    shard: str = option(
+        "The frozen LLM: replicate it on every process, or full: shard it inside each machine; auto: replicate if it "
+        "fits. What is trained is sharded over all processes either way.",
+        "auto",
+        choices=["auto", "replicate", "full"],
     )
-    data: list[str] | None = field(default=None, metadata={"help": "JSONL files of records, see data.py."})
-    videos: str = field(
-        default=str(TOY_DATA), metadata={"help": "Folder that the records' video names are relative to."}
-    )
-    max_videos: int | None = field(default=None, metadata={"help": "Use the first so many videos of the data only."})
-    features: str | None = field(
-        default=None, metadata={"help": "Folder of Z_vision shards; missing ones are computed first."}
-    )
-    output_dir: str | None = field(
-        default=None, metadata={"help": "Where log.jsonl, loss.png and model/ go (default: runs/stageN)."}
-    )
-    max_steps: int | None = field(default=None, metadata={"help": "Optimiser steps."})
-    batch: int | None = field(default=None, metadata={"help": "Videos per optimiser step."})
-    micro_batch: int | None = field(
-        default=None, metadata={"help": "Videos per forward pass (default: all of the batch)."}
-    )
-    pairs_per_video: int | None = field(default=None, metadata={"help": "Questions of one video that share a row."})
-    lr: float | None = field(default=None, metadata={"help": "Peak learning rate."})
-    lora_lr: float | None = field(
-        default=None, metadata={"help": "Peak learning rate of the adapters (default: the same)."}
-    )
-    muon_lr: float | None = field(
-        default=None, metadata={"help": "If given, the fusion core's matrices are trained by Muon at this peak rate."}
-    )
-    warmup: float | None = field(
-        default=None, metadata={"help": "Warm-up: steps if at least 1, else a share of the run."}
-    )
-    weight_decay: float | None = field(default=None, metadata={"help": "AdamW's; none on norms, biases and queries."})
-    text_share: float | None = field(
-        default=None, metadata={"help": "Text-only records per video record in a batch (stage 2's replay)."}
-    )
-    seed: int = field(default=0, metadata={"help": "Seed of initialisation and sample order."})
-    threads: int = field(default=os.cpu_count() or 1, metadata={"help": "CPU threads."})
-    processes: int = field(default=os.cpu_count() or 1, metadata={"help": "Processes that compute missing features."})
+    checkpointing: bool = option("Recompute activations in the backward pass: less memory, a third more time.", False)
+    compile: bool = option("torch.compile the LLM's blocks.", False)
+    report_to: str | None = option("Also log to this.", choices=["tensorboard", "wandb"])
+    threads: int | None = option("CPU threads per process (default: its share of the cores).")
+    processes: int = option("Processes that compute missing features, per rank.", os.cpu_count() or 1)
+    plan: bool = option("Say what a run would need (memory, hours, bytes), and stop.", False)
+    world_size: int = option("Number of GPUs that --plan reckons with.", 1)
 
 
-# The paper's values are those of preset "paper"; the toy's come from its validation split.
+# The paper's values (§5.1) are those of preset "paper"; the toy's come from its validation split. The paper states no
+# warm-up for stage 2, where stage 1's 2000 steps would be most of the run: 3 % is our choice.
+PAPER = dict(pairs_per_video=1, weight_decay=0.05, text_share=0.0)
+TOY = dict(batch=32, lr=1e-3, warmup=100, weight_decay=0.02)
 DEFAULTS = {
-    ("toy", 1): dict(
-        max_videos=5500,
-        max_steps=1500,
-        batch=32,
-        pairs_per_video=1,
-        lr=1e-3,
-        muon_lr=0.02,
-        warmup=100,
-        weight_decay=0.02,
-        text_share=0.0,
-    ),
-    ("toy", 2): dict(
-        max_videos=8000,
-        max_steps=1300,
-        batch=32,
-        pairs_per_video=7,
-        lr=1e-3,
-        muon_lr=0.01,
-        warmup=100,
-        weight_decay=0.02,
-        text_share=0.25,
-    ),
-    ("paper", 1): dict(batch=2048, pairs_per_video=1, lr=1e-4, warmup=2000, weight_decay=0.05, text_share=0.0),
-    ("paper", 2): dict(batch=256, pairs_per_video=1, lr=2e-5, warmup=0.03, weight_decay=0.05, text_share=0.0),
+    ("toy", 1): dict(TOY, max_videos=8000, max_steps=1500, pairs_per_video=1, muon_lr=0.02, text_share=0.0),
+    ("toy", 2): dict(TOY, max_videos=8000, max_steps=1500, pairs_per_video=7, muon_lr=0.01, text_share=0.5),
+    ("paper", 1): dict(PAPER, batch=2048, lr=1e-4, warmup=2000, epochs=4),
+    ("paper", 2): dict(PAPER, batch=256, lr=2e-5, warmup=0.03, epochs=3),
 }
 
 
@@ -112,68 +141,55 @@ def complete(settings: Settings) -> Settings:
     """Fill what was not given on the command line from the preset and stage."""
     if settings.stage not in (1, 2):
         raise VidReasonError(f"there is no stage {settings.stage} (--stage): choose 1 or 2; stage 0 is toy/pretrain.py")
-    if settings.preset != "toy" and not settings.model:
-        where = "--model): give a directory whose config.json names the encoder, the SAM and the LLM"
-        raise VidReasonError(f"preset {settings.preset} needs a model directory ({where}")
-    defaults = DEFAULTS.get((settings.preset, settings.stage), DEFAULTS["paper", settings.stage])
-    filled = {k: v for k, v in defaults.items() if getattr(settings, k) is None}
-    settings = replace(settings, **filled)
-    for name in ("batch", "micro_batch", "pairs_per_video", "max_steps", "max_videos", "threads", "processes"):
+    toy = settings.preset == "toy"
+    defaults = DEFAULTS["toy" if toy else "paper", settings.stage]
+    if settings.epochs is not None or settings.max_steps is not None:  # one of them is enough
+        defaults = {k: v for k, v in defaults.items() if k not in ("epochs", "max_steps")}
+    settings = replace(settings, **{k: v for k, v in defaults.items() if getattr(settings, k) is None})
+    for name in ("batch micro_batch pairs_per_video max_steps max_videos threads processes save_every keep").split():
         if (value := getattr(settings, name)) is not None and value < 1:
             raise VidReasonError(f"{value} is too few (--{name}): give at least 1")
+    if not toy and not settings.plan and not (settings.data and settings.videos):
+        raise VidReasonError(f"preset {settings.preset} has no data of its own (--data, --videos): name yours")
     names = ["captions.jsonl"] if settings.stage == 1 else ["samples.jsonl", "captions.jsonl", "text.jsonl"]
     return replace(
         settings,
-        model=settings.model or str(TOY_MODEL),
+        model=settings.model or (str(TOY_MODEL) if toy else None),
         data=settings.data or [str(TOY_DATA / n) for n in names],
+        videos=settings.videos or str(TOY_DATA),
         features=settings.features or str(ROOT / "runs" / "features"),
-        micro_batch=settings.micro_batch or settings.batch,
         output_dir=settings.output_dir or str(ROOT / "runs" / f"stage{settings.stage}"),
     )
 
 
-# --------------------------------------------------------------------------- data
+def config_of(settings):
+    """→ (Config, directory that its relative paths start at)"""
+    directory = Path(settings.model or ".")
+    config = read_config(directory) if settings.model else PRESETS[settings.preset]
+    given = {name: getattr(settings, name) for name in ("encoder_weights", "sam", "sam_weights", "llm")}
+    here = lambda value: str(Path(value).resolve()) if Path(value).exists() else value
+    return replace(config, **{name: here(value) for name, value in given.items() if value}), directory
 
 
-class Batches:
-    """Which samples make up step k: a pure function of (seed, k), so that a resumed run needs no loader state."""
-
-    def __init__(self, settings, model, samples, names):
-        self.settings, self.cache, tokenizer = settings, FeatureCache(settings.features), model.tokenizer
-        self.num_queries = model.config.num_queries
-        by_video, self.text = {}, []
-        for s in tqdm(samples, desc="tokens", mininterval=2):
-            if s.video is None:
-                context = tokenizer(s.context, add_special_tokens=False).input_ids
-                self.text.append(Conversation([encode_pair(tokenizer, s.question, s.answer)], context))
-            elif s.video in names and s.video in self.cache:
-                by_video.setdefault(s.video, []).append(encode_pair(tokenizer, s.question, s.answer))
-        self.videos = sorted(by_video.items())
-        if not self.videos:
-            raise VidReasonError(f"no sample has a readable video ({settings.videos}): check --data and --videos")
-
-    def step(self, k):
-        """→ micro-batches [(Packed, vision | None)] and their number of target tokens"""
-        s, rng = self.settings, np.random.default_rng((self.settings.seed, k))
-        epochs, places = np.divmod(np.arange(k * s.batch, (k + 1) * s.batch), len(self.videos))
-        order = {e: np.random.default_rng((s.seed, e, 1)).permutation(len(self.videos)) for e in set(epochs.tolist())}
-        chosen = [self.videos[order[e][place]] for e, place in zip(epochs.tolist(), places, strict=True)]
-        chosen = [
-            (name, [pairs[i] for i in rng.permutation(len(pairs))[: s.pairs_per_video]]) for name, pairs in chosen
-        ]
-        chosen.sort(key=lambda c: sum(len(p) + len(t) for p, t in c[1]))  # rows of one length waste no padding
-        micro = []
-        for i in range(0, s.batch, s.micro_batch):
-            part = chosen[i : i + s.micro_batch]
-            vision = collate_features([self.cache[name] for name, _ in part])
-            micro.append((pack([Conversation(pairs) for _, pairs in part], self.num_queries), vision))
-        if self.text and s.text_share:
-            picks = rng.integers(len(self.text), size=round(s.batch * s.text_share))
-            micro.append((pack([self.text[i] for i in picks], 0), None))
-        return micro, sum(len(packed.targets) for packed, _ in micro)
+# --------------------------------------------------------------------------- the model, on one process or many
 
 
-# --------------------------------------------------------------------------- one run
+def build(settings, device, dtype):
+    """The model with what this stage trains: a new fusion core (stage 1), or that of a stage-1 run and new adapters."""
+    torch.manual_seed(settings.seed)
+    if settings.stage == 1:
+        model = VidReason.create(*config_of(settings), dtype=dtype)
+    else:
+        model = VidReason.load(newest_stage1(settings), dtype=dtype)
+        if (model.directory / "lora").is_dir():
+            raise VidReasonError(f"stage 2 starts from a stage-1 model ({model.directory}): this one has adapters")
+        model.add_lora()
+    model.freeze(settings.stage)
+    if settings.checkpointing:
+        model.llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.llm.train()  # transformers recomputes in this mode only; the LLMs of our presets have no dropout
+    model.fusion.to(device), model.llm.to(device)  # encoder and SAM have done their work: Z_vision is cached
+    return model
 
 
 def newest_stage1(settings):
@@ -185,17 +201,33 @@ def newest_stage1(settings):
     return Path(settings.init_from) if settings.init_from else runs[-1].parent
 
 
-def build(settings):
-    """The model with what this stage trains, from the model directory (stage 1) or a stage-1 run (stage 2)."""
-    torch.manual_seed(settings.seed)
-    if settings.stage == 1:
-        directory = Path(settings.model)
-        config = PRESETS["toy"] if settings.preset == "toy" else read_config(directory)
-        model = VidReason.create(config, directory)
+def parallelise(model, settings, device):
+    """FSDP2 with the whole model as root, because its forward looks the words up.
+
+    What is trained is sharded over all processes, in fp32, and used in bf16 on GPUs. Sharding the frozen LLM is a
+    question of bandwidth: every micro-batch gathers it twice, so it is replicated where it fits and else sharded
+    inside each machine only, block by block.
+    """
+    llm_bytes = sum(p.numel() * p.element_size() for p in model.llm.parameters() if not p.requires_grad)
+    room = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else math.inf
+    full = settings.shard == "full" or (settings.shard == "auto" and llm_bytes > 0.4 * room)
+    machines = max(1, world() // int(os.environ.get("LOCAL_WORLD_SIZE", world())))
+    shape = (machines, world() // machines) if full and machines > 1 else (world(),)
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=("machines", "gpus")[-len(shape) :])
+    bf16 = torch.bfloat16 if device.type == "cuda" and settings.precision != "fp32" else None
+    policy = MixedPrecisionPolicy(param_dtype=bf16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    outside = {*model.encoder.parameters(), *model.sam.parameters()}
+    if full:
+        for block in model.llm.get_decoder().layers:
+            fully_shard(block, mesh=mesh, mp_policy=policy)
     else:
-        model = VidReason.load(newest_stage1(settings))
-        model.add_lora()
-    return model.freeze(settings.stage)
+        outside |= {p for p in model.llm.parameters() if not p.requires_grad}
+    fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=outside)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):  # gradients are sums over ranks: train_step divides by the global count
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+    return f"sharded over {shape} ({'with' if full else 'without'} the LLM)"
 
 
 def build_optimizers(model, settings):
@@ -216,6 +248,42 @@ def build_optimizers(model, settings):
     return optimizers
 
 
+def describe(model, settings, notes):
+    """What is frozen, trained, loaded and new: printed before step 1."""
+    c, where = model.config, model.directory
+    origin = {
+        "encoder": f"from {Path(where, c.encoder_weights)}",
+        "sam": f"{c.sam} from {Path(where, c.sam_weights)}",
+        "fusion": "new" if settings.stage == 1 else f"from {where}",
+        "llm": f"from {c.llm}" + (f", new LoRA adapters of rank {c.lora_rank}" if settings.stage == 2 else ""),
+    }
+    for part, source in origin.items():
+        parameters = list(getattr(model, part).parameters())
+        total, trained = (sum(p.numel() for p in ps) for ps in (parameters, [p for p in parameters if p.requires_grad]))
+        state = "frozen" if not trained else "trained" if trained == total else f"{trained / 1e6:.2f} M trained"
+        print(f"  {part:8s}{total / 1e6:9.2f} M parameters, {state}; {source}")
+    print(*(f"  {note}" for note in notes), sep="\n", flush=True)
+
+
+# --------------------------------------------------------------------------- one step
+
+
+def world():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def total(value, device):
+    """Sum over all processes."""
+    value = torch.tensor(value, dtype=torch.float64, device=device)
+    if world() > 1:
+        dist.all_reduce(value)
+    return value.item()
+
+
 def schedule(step, settings):
     """Linear warm-up, then a cosine to zero: the factor of the learning rate."""
     warmup = settings.warmup if settings.warmup >= 1 else settings.warmup * settings.max_steps
@@ -224,50 +292,200 @@ def schedule(step, settings):
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, settings.max_steps - warmup)))
 
 
-def describe(model):
-    """What is frozen, what is trained: printed before step 1."""
-    for part in ("encoder", "sam", "fusion", "llm"):
-        parameters = list(getattr(model, part).parameters())
-        trained = sum(p.numel() for p in parameters if p.requires_grad)
-        print(
-            f"  {part:8s}{sum(p.numel() for p in parameters) / 1e6:8.2f} M parameters, {trained / 1e6:.2f} M trained",
-            flush=True,
-        )
+def has_bf16(device):
+    """Whether bf16 is multiplied faster than fp32 here: 2.5 × on CPUs with avx512_bf16."""
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    return device.type == "cuda" or "avx512_bf16" in flags
 
 
-def train_step(model, optimizers, micro, tokens):
-    """One optimiser step over a global batch: Eq. 6 divided by all its target tokens → (loss, gradient norm)."""
+@contextmanager
+def arithmetic(settings, device):
+    """bf16 if asked for or faster; on a CPU unfused attention, because the fused backward is slow there."""
+    bf16 = settings.precision == "bf16" or (settings.precision == "auto" and has_bf16(device))
+    attention = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
+    with attention, torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        yield
+
+
+def train_step(model, optimizers, micro, settings, device):
+    """One optimiser step: Eq. 6 divided by all target tokens of the global batch → (loss, gradient norm, tokens)."""
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
-    total = 0.0
-    for packed, vision in micro:
-        with precision():
-            nll, _ = model(packed, *(vision or ()))
+    tokens, nll_sum = total(sum(len(packed.targets) for packed, _ in micro), device), 0.0
+    for i, (packed, vision) in enumerate(micro):
+        if isinstance(model, FSDPModule):
+            model.set_requires_gradient_sync(i == len(micro) - 1)  # gradients meet once per step
+        vision = [tensor.to(device, non_blocking=True) for tensor in vision or ()]
+        with arithmetic(settings, device):
+            nll, _ = model(packed.to(device), *vision)
         (nll / tokens).backward()
-        total += nll.item()
+        nll_sum += nll.detach().double()
     trained = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
     norm = nn.utils.clip_grad_norm_(trained, 1.0)
     for optimizer in optimizers:
         optimizer.step()
-    return total / tokens, norm.item()
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    return total(nll_sum.item(), device) / tokens, norm.item(), int(tokens)
 
 
-@contextmanager
-def precision():
-    """bf16 where the processor multiplies it (2.5 ×); unfused attention: the fused backward is slow on CPUs."""
-    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    with sdpa_kernel(SDPBackend.MATH), torch.autocast("cpu", torch.bfloat16, enabled="avx512_bf16" in flags):
-        yield
+# --------------------------------------------------------------------------- checkpoints
 
 
-def plot(out):
-    """loss.png from log.jsonl."""
+def training_state(model, optimizers):
+    """Everything that a step changes, by name: tensors only, so that a checkpoint is safetensors and no pickle.
+
+    The schedule and the sample order follow from the step, and nothing in the model is random.
+    """
+    names = {p: name for name, p in model.named_parameters() if p.requires_grad}
+    state = {f"model.{name}": p.detach() for p, name in names.items()}
+    for optimizer in optimizers:
+        for p, moments in optimizer.state.items():
+            state |= {f"optimizer.{names[p]}.{key}": value for key, value in moments.items()}
+    return state
+
+
+def agreed(settings, batches):
+    """What must be the same for a resumed run to be the same run."""
+    free = "output_dir features save_every keep restart device shard checkpointing compile report_to threads processes"
+    free += " plan world_size max_bad_fraction micro_batch data videos model init_from"
+    fixed = {k: v for k, v in asdict(settings).items() if k not in free.split()}
+    return {**fixed, "data": batches.digest()}
+
+
+def save_checkpoint(model, optimizers, out, step, keep, agreement):
+    """checkpoints/step-N: written aside, renamed when complete, and only then are older ones deleted."""
+    final = out / "checkpoints" / f"step-{step:08d}"
+    aside = final.with_suffix(".partial")
+    if rank() == 0:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+    barrier()
+    writer = dcp.HuggingFaceStorageWriter(str(aside), save_distributed=True)
+    dcp.save(training_state(model, optimizers), storage_writer=writer, no_dist=not dist.is_initialized())
+    barrier()
+    if rank() == 0:
+        write_json(aside / "run.json", agreement)
+        aside.rename(final)
+        for old in complete_checkpoints(out)[:-keep]:
+            shutil.rmtree(old)
+
+
+def complete_checkpoints(out):
+    """Oldest first; what a killed save left behind ends in .partial."""
+    return sorted(p for p in Path(out, "checkpoints").glob("step-*") if p.suffix != ".partial")
+
+
+def resume(model, optimizers, out, agreement, restart):
+    """Load the newest complete checkpoint, if any → the number of steps that are done."""
+    if rank() == 0 and restart:
+        shutil.rmtree(out / "checkpoints", ignore_errors=True)
+    barrier()
+    checkpoints = complete_checkpoints(out)
+    if not checkpoints:
+        return 0
+    newest = checkpoints[-1]
+    before = json.loads((newest / "run.json").read_text())
+    differing = [f"{k} was {before.get(k)}, is {v}" for k, v in agreement.items() if before.get(k) != v]
+    advice = "give the same settings, another --output_dir, or --restart to begin anew"
+    if differing:
+        raise VidReasonError(f"this is another run: {', '.join(differing)} ({newest}): {advice}")
+    allocate_moments(optimizers)
+    state, reader = training_state(model, optimizers), dcp.HuggingFaceStorageReader(str(newest))
+    try:
+        found = reader.read_metadata().state_dict_metadata
+    except Exception as error:  # whatever a damaged file makes safetensors, JSON and torch say
+        raise VidReasonError(
+            f"checkpoint cannot be read: {error} ({newest}): delete it to go on from the one before"
+        ) from error
+    theirs = {k: (tuple(v.size), v.properties.dtype) for k, v in found.items()}
+    ours = {k: (tuple(v.shape), v.dtype) for k, v in state.items()}
+    differing = [f"missing {k}" for k in ours.keys() - theirs] + [f"unexpected {k}" for k in theirs.keys() - ours]
+    differing += [f"{k} is {theirs[k]}, not {ours[k]}" for k in ours.keys() & theirs if theirs[k] != ours[k]]
+    if differing:
+        raise VidReasonError(f"checkpoint does not fit: {', '.join(sorted(differing))} ({newest}): {advice}")
+    dcp.load(state, storage_reader=reader, no_dist=not dist.is_initialized())
+    return int(newest.name[5:])
+
+
+def allocate_moments(optimizers):
+    """Optimisers make their moments in their first step; one with rate and gradients zero changes nothing else."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            rate, group["lr"] = group["lr"], 0.0
+            for p in group["params"]:
+                p.grad = torch.zeros_like(p)
+            group["rate"] = rate
+        optimizer.step()
+        optimizer.zero_grad()
+        for group in optimizer.param_groups:
+            group["lr"] = group.pop("rate")
+
+
+def barrier():
+    if world() > 1:
+        dist.barrier()
+
+
+def save_model(model, out):
+    """The model directory that infer.py reads, by rank 0, from the shards of all."""
+    state = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            state[name] = p.full_tensor().cpu() if isinstance(p, DTensor) else p.detach().cpu()
+    if rank() == 0:
+        model.save(out / "model", parts=("fusion", "lora"), state=state)
+
+
+# --------------------------------------------------------------------------- one run
+
+
+class Log:
+    """log.jsonl (one object per step), the progress bar, TensorBoard or W&B: on rank 0."""
+
+    def __init__(self, out, settings, done):
+        self.path, self.writer = out / "log.jsonl", None
+        lines = self.path.read_text().splitlines(keepends=True)[:done] if done and self.path.exists() else []
+        self.path.write_text("".join(lines))  # steps after the checkpoint are done again
+        self.file = open(self.path, "a")
+        self.bar = tqdm(total=settings.max_steps, initial=done, desc=f"stage {settings.stage}", mininterval=2)
+        try:
+            if settings.report_to == "tensorboard":
+                from torch.utils.tensorboard import SummaryWriter
+
+                writer = SummaryWriter(out / "tensorboard", purge_step=done)
+                self.writer = lambda step, row: [writer.add_scalar(k, v, step) for k, v in row.items()]
+            elif settings.report_to == "wandb":
+                import wandb
+
+                run = wandb.init(project="vidreason", dir=out, config=asdict(settings))
+                self.writer = lambda step, row: run.log(row, step=step)
+        except ImportError as error:
+            what = settings.report_to
+            raise VidReasonError(f"{what} is not installed (--report_to): pip install {what}") from error
+
+    def write(self, step, row):
+        self.file.write(json.dumps({"step": step, **row}) + "\n")
+        self.file.flush()
+        self.bar.update()
+        memory = f"{row['memory_gib']:.1f} GiB" + (f", MFU {row['mfu']:.2f}" if "mfu" in row else "")
+        self.bar.set_postfix_str(f"loss {row['loss']:.3f}, {row['tokens_per_s']:.0f} target tokens/s, {memory}")
+        if self.writer:
+            self.writer(step, row)
+
+    def close(self):
+        self.file.close()
+        self.bar.close()
+        plot(self.path)
+
+
+def plot(path):
+    """loss.png beside log.jsonl."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    log = [json.loads(line) for line in path.read_text().splitlines()]
     figure, axes = plt.subplots(figsize=(7, 4))
     axes.plot([x["step"] for x in log], [x["loss"] for x in log], lw=0.5, color="0.6", label="each step")
     window = max(1, len(log) // 50)
@@ -275,59 +493,102 @@ def plot(out):
     axes.plot(range(window, len(log) + 1), smooth, "k", label=f"mean of {window}")
     axes.set(xlabel="step", ylabel="loss, nats per target token", yscale="log")
     axes.legend()
-    figure.savefig(out / "loss.png", dpi=120, bbox_inches="tight")
+    figure.savefig(path.with_name("loss.png"), dpi=120, bbox_inches="tight")
     plt.close(figure)
 
 
-def run(settings):
-    torch.set_num_threads(settings.threads)
-    out = Path(settings.output_dir)
-    out.mkdir(parents=True, exist_ok=True)
-    samples = [s for path in settings.data for s in read_jsonl(path)]
-    model = build(settings)
-    names = sorted({s.video for s in samples if s.video})[: settings.max_videos]
-    encode_videos(model.directory, model.config, settings.videos, names, settings.features, settings.processes)
-    batches = Batches(settings, model, samples, set(names))
-    settings.max_steps = settings.max_steps or 4 * len(batches.videos) // settings.batch
-    print(
-        f"stage {settings.stage}: {len(batches.videos)} videos, {settings.max_steps} steps of {settings.batch}, "
-        f"{settings.threads} threads"
-    )
-    describe(model)
-    optimizers = build_optimizers(model, settings)
-    began = time.time()
-    with (
-        open(out / "log.jsonl", "w") as log,
-        tqdm(total=settings.max_steps, desc=f"stage {settings.stage}", mininterval=2) as bar,
-    ):
-        for step in range(settings.max_steps):
+def memory_gib(device):
+    """The peak so far: of the GPU, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
+
+
+def train(model, batches, optimizers, settings, device, out, begin, agreement):
+    """Steps `begin` … max_steps; while one runs, a thread prepares the next batch."""
+    log = Log(out, settings, begin) if rank() == 0 else None
+    with ThreadPoolExecutor(1) as ahead:
+        coming = ahead.submit(batches.step, begin)
+        for step in range(begin, settings.max_steps):
+            start = time.perf_counter()
+            micro = coming.result()
+            waited = time.perf_counter() - start
+            coming = ahead.submit(batches.step, step + 1)
             for group in (group for optimizer in optimizers for group in optimizer.param_groups):
                 group["lr"] = group["peak"] * schedule(step, settings)
-            start = time.time()
-            micro, tokens = batches.step(step)
-            loss, norm = train_step(model, optimizers, micro, tokens)
-            seconds = time.time() - start
-            log.write(
-                json.dumps(
-                    {
-                        "step": step + 1,
-                        "loss": loss,
-                        "lr": optimizers[0].param_groups[0]["lr"],
-                        "grad_norm": norm,
-                        "tokens_per_s": tokens / seconds,
-                        "samples_per_s": settings.batch / seconds,
-                    }
-                )
-                + "\n"
-            )
-            log.flush()
-            bar.update()
-            bar.set_postfix_str(f"loss {loss:.3f}, {tokens / seconds:.0f} target tokens/s")
-    plot(out)
-    model.eval()
-    model.save(out / "model", parts=("fusion", "lora"))
-    write_familiar(batches.cache, out / "model" / "familiar.safetensors")
-    print(f"stage {settings.stage} done in {(time.time() - began) / 60:.1f} minutes: {out / 'model'}")
+            loss, norm, tokens = train_step(model, optimizers, micro, settings, device)
+            seconds = time.perf_counter() - start
+            if log:
+                row = {"loss": loss, "lr": optimizers[0].param_groups[0]["lr"], "grad_norm": norm}
+                row |= {"tokens_per_s": tokens / seconds, "samples_per_s": settings.batch / seconds}
+                row |= {"data_wait": waited / seconds, "memory_gib": memory_gib(device)}
+                log.write(step + 1, row)
+            if not math.isfinite(loss):
+                raise VidReasonError(f"loss is {loss} at step {step + 1} ({out}): lower --lr, or look at the data")
+            if (step + 1) % settings.save_every == 0 or step + 1 == settings.max_steps:
+                save_checkpoint(model, optimizers, out, step + 1, settings.keep, agreement)
+    if log:
+        log.close()
+
+
+def start_processes(settings):
+    """→ device of this process. torchrun sets RANK; a lone GPU is a group of one, for FSDP's mixed precision."""
+    cuda = settings.device == "cuda" or (settings.device == "auto" and torch.cuda.is_available())
+    if cuda and not torch.cuda.is_available():
+        raise VidReasonError("there is no GPU that torch can use (--device cuda): give --device cpu")
+    here = int(os.environ.get("LOCAL_RANK", 0))
+    if cuda:
+        torch.cuda.set_device(here)
+    if "RANK" in os.environ:
+        dist.init_process_group("nccl" if cuda else "gloo")
+    elif cuda:
+        dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    torch.set_num_threads(settings.threads or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    return torch.device("cuda", here) if cuda else torch.device("cpu")
+
+
+def run(settings):
+    device, out = start_processes(settings), Path(settings.output_dir)
+    for name, count in (("batch", settings.batch), ("text_share", round(settings.batch * settings.text_share))):
+        if count % world() and (name == "batch" or count < world()):
+            raise VidReasonError(f"{count} rows cannot be shared by {world()} processes (--{name}): give a multiple")
+    settings = replace(settings, micro_batch=settings.micro_batch or settings.batch // world())
+    out.mkdir(parents=True, exist_ok=True)
+    samples = [s for path in settings.data for s in read_samples(path, settings.videos)]
+    model = build(settings, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    names = sorted({s.video for s in samples if s.video})[: settings.max_videos]
+    config, split = model.config, (rank(), world(), str(device))
+    encode_videos(model.directory, config, settings.videos, names, settings.features, settings.processes, 100, *split)
+    barrier()
+    cache = FeatureCache(settings.features)
+    bad = report_bad(cache, names, out / "bad_videos.jsonl", settings.max_bad_fraction) if rank() == 0 else ()
+    cache.videos = {name: cache.videos[name] for name in names if name in cache}
+    batches = Batches(settings, samples, cache, model.tokenizer, config.num_queries, rank(), world())
+    steps = settings.max_steps or math.ceil(settings.epochs * len(batches.videos) / settings.batch)
+    settings = replace(settings, max_steps=steps)
+    notes = [
+        f"stage {settings.stage}: {len(batches.videos)} videos ({len(bad)} of {len(names)} unreadable), {steps} "
+        f"steps of {settings.batch}, on {world()} × {device.type}, {torch.get_num_threads()} threads each"
+    ]
+    if world() > 1 or device.type == "cuda":
+        notes.append(parallelise(model, settings, device))
+    if settings.compile:
+        for block in model.llm.get_decoder().layers:
+            block.compile(dynamic=True)
+    optimizers, agreement = build_optimizers(model, settings), agreed(settings, batches)
+    begin = resume(model, optimizers, out, agreement, settings.restart)
+    if rank() == 0:
+        describe(model, settings, notes + [f"goes on after step {begin}"] * (begin > 0))
+    began = time.time()
+    train(model, batches, optimizers, settings, device, out, begin, agreement)
+    save_model(model, out)
+    if rank() == 0:
+        write_familiar(cache, out / "model" / "familiar.safetensors")
+        print(f"stage {settings.stage} done in {(time.time() - began) / 60:.1f} minutes: {out / 'model'}")
+    if dist.is_initialized():
+        barrier()  # without it gloo aborts at exit now and then
+        dist.destroy_process_group()
 
 
 def main():

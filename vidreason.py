@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import shutil
+from collections import OrderedDict
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -22,6 +23,7 @@ import av
 import numpy as np
 import torch
 import torch.nn.functional as F
+from huggingface_hub import hf_hub_download
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from segment_anything import SamAutomaticMaskGenerator, sam_model_registry
@@ -610,8 +612,9 @@ class VidReason(nn.Module):
             load_weights(model.llm, directory / "lora" / "adapter_model.safetensors")
         return model.requires_grad_(False).eval().to(device)
 
-    def save(self, directory, parts=("encoder", "sam", "llm", "fusion", "lora"), dtype=torch.float32):
-        """Write a model directory, each file aside first. A part left out stays where it is; config.json says where."""
+    def save(self, directory, parts=("encoder", "sam", "llm", "fusion", "lora"), dtype=torch.float32, state=None):
+        """Write a model directory, each file aside first. A part left out stays where it is; config.json says where.
+        state: whole tensors by parameter name, in place of the model's own, of which a process may hold a shard."""
         directory, config, lora = Path(directory), replace(self.config), isinstance(self.llm, PeftModel)
         directory.mkdir(parents=True, exist_ok=True)
         for part, name in (("encoder", "encoder_weights"), ("sam", "sam_weights"), ("llm", "llm")):
@@ -619,22 +622,23 @@ class VidReason(nn.Module):
             elsewhere = os.path.relpath(source, directory) if isinstance(source, Path) else source
             setattr(config, name, (part if part == "llm" else f"{part}.safetensors") if part in parts else elsewhere)
         cast = lambda state: {key: tensor.detach().to("cpu", dtype).contiguous() for key, tensor in state.items()}
+        state = self.state_dict() if state is None else state
+        of = lambda part: {key[len(part) + 1 :]: state[key] for key in state if key.startswith(f"{part}.")}
         for part in {"encoder", "sam", "fusion"} & set(parts):
-            state = cast(getattr(self, part).state_dict())
-            _write_aside(directory / f"{part}.safetensors", partial(save_file, state))
+            _write_aside(directory / f"{part}.safetensors", partial(save_file, cast(of(part))))
         if "llm" in parts:
             base = self.llm.get_base_model() if lora else self.llm
-            state = {k.replace(".base_layer", ""): v for k, v in cast(base.state_dict()).items() if ".lora_" not in k}
+            words = {k.replace(".base_layer", ""): v for k, v in cast(base.state_dict()).items() if ".lora_" not in k}
             if base.config.tie_word_embeddings:
-                del state["lm_head.weight"]
-            _write_aside(directory / "llm", lambda at: base.save_pretrained(at, state_dict=state))
+                del words["lm_head.weight"]
+            _write_aside(directory / "llm", lambda at: base.save_pretrained(at, state_dict=words))
             self.tokenizer.save_pretrained(directory / "llm")
         if "lora" in parts and lora:
-            state = cast(get_peft_model_state_dict(self.llm, save_embedding_layers=False))
+            adapters = cast(get_peft_model_state_dict(self.llm, of("llm"), save_embedding_layers=False))
             adapter = self.llm.peft_config["default"]
             adapter.base_model_name_or_path = config.llm
             _write_aside(directory / "lora", lambda at: (
-                adapter.save_pretrained(at), save_file(state, at / "adapter_model.safetensors")))  # fmt: skip
+                adapter.save_pretrained(at), save_file(adapters, at / "adapter_model.safetensors")))  # fmt: skip
         elif "lora" in parts:
             shutil.rmtree(directory / "lora", ignore_errors=True)  # of an older model
         _write_aside(directory / "config.json", lambda at: at.write_text(json.dumps(asdict(config), indent=2) + "\n"))
@@ -661,16 +665,26 @@ def _write_aside(path, write):
     os.replace(aside, path)
 
 
+def _download(name):
+    """The file of a hub repository, as owner/repository/file -> where its copy lies."""
+    try:
+        owner, repository, file = str(name).split("/", 2)
+        return hf_hub_download(f"{owner}/{repository}", file)
+    except (OSError, ValueError) as error:
+        advice = "give a file, or owner/repository/file of the hub"
+        raise VidReasonError(f"no such weights ({name or 'none named'}): {advice}") from error
+
+
 def load_weights(module, path):
     """Fill a module from .safetensors or an upstream .pth (ViCLIP whole or its vision tower, SAM), or a peft model from
     its adapter. Strict: VidReasonError names every key that is missing, unexpected or of another shape."""
-    if not Path(path).is_file() or not path:
-        raise VidReasonError(f"no such weights ({path or 'none named'}): check config.json, or download them")
+    path = path if path and Path(path).is_file() else _download(path)
+    torch.serialization.add_safe_globals([(OrderedDict, "utils.easydict.EasyDict")])  # the settings in ViCLIP's .pth
     try:
         found = load_file(path) if str(path).endswith(".safetensors") else torch.load(path, "cpu", weights_only=True)
     except Exception as error:  # pickle, zip and safetensors have one each
         raise VidReasonError(f"weights cannot be read: {error} ({path}): download them again") from error
-    found = found.get("model", found)
+    found = found.get("model", found) if isinstance(found, dict) else {}
     found = {key[15:]: found[key] for key in found if key.startswith("vision_encoder.")} or found
     found.pop("proj", None)  # ViCLIP's way from [CLS] to its contrastive space, of which Eq. 1 makes no use
     adapter = isinstance(module, PeftModel)

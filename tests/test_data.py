@@ -1,6 +1,8 @@
 """Programs answer mistakes with one line and exit code 2; records and features are read as documented."""
 
+import io
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -21,7 +23,10 @@ ROOT = Path(__file__).resolve().parent.parent
         ("train.py --stage 1 --bogus", "unknown option --bogus"),
         ("train.py --stage 7", "no stage 7"),
         ("train.py --stage 1 --batch 0", "--batch"),
-        ("train.py --stage 1 --preset paper", "preset paper needs a model directory"),
+        ("train.py --stage 1 --preset paper", "preset paper has no data of its own"),
+        ("train.py --stage 1 --sam_weights nowhere.pth", "nowhere.pth"),
+        ("train.py --stage 1 --llm nobody/nothing", "nobody/nothing"),
+        ("train.py --stage 1 --device cuda", "no GPU that torch can use"),
         ("train.py --stage 1 --data nowhere.jsonl", "nowhere.jsonl"),
         ("evaluate.py nope", "nope"),
         ("evaluate.py toy --clips 0", "--clips"),
@@ -38,7 +43,7 @@ def test_mistakes_are_one_line(command, says, tmp_path):
     assert lines[-1].startswith("error: ") and says in lines[-1]
 
 
-def test_read_jsonl(tmp_path):
+def test_read_samples(tmp_path):
     path = tmp_path / "records.jsonl"
     records = [
         {"id": 1, "video": "a.mp4", "question": "why?", "answer": "because"},
@@ -46,7 +51,7 @@ def test_read_jsonl(tmp_path):
         {"question": "what?", "answer": "that", "context": "a story"},
     ]
     path.write_text("\n".join(map(json.dumps, records)))
-    why, caption, text = data.read_jsonl(path)
+    why, caption, text = data.read_samples(path)
     assert (why.video, why.question, why.answer) == ("a.mp4", "why?", "because")
     assert (caption.question, caption.answer) == (data.CAPTION_PROMPT, "a ball")
     assert text.video is None and text.context == "a story"
@@ -57,7 +62,7 @@ def test_bad_records_are_named_by_file_and_line(tmp_path, line):
     path = tmp_path / "records.jsonl"
     path.write_text('{"answer": "fine"}\n' + line)
     with pytest.raises(VidReasonError, match=r"records.jsonl, line 2"):
-        data.read_jsonl(path)
+        data.read_samples(path)
 
 
 def test_features_survive_a_kill_between_shards(config, tmp_path, write_clips):
@@ -73,7 +78,7 @@ def test_features_survive_a_kill_between_shards(config, tmp_path, write_clips):
     config = replace(config, encoder_weights="encoder.safetensors", sam_weights="sam.safetensors")
     data.encode_videos(tmp_path, config, tmp_path / "videos", names, out, processes=1, shard_size=2)
     before = {n: data.FeatureCache(out)[n].z_vision for n in names}
-    for leftover in out.glob("shard-000001.*"):
+    for leftover in out.glob("shard-*-000001.*"):
         leftover.unlink()
     assert len(data.FeatureCache(out).videos) == 4
     data.encode_videos(tmp_path, config, tmp_path / "videos", names, out, processes=2, shard_size=1)
@@ -82,19 +87,89 @@ def test_features_survive_a_kill_between_shards(config, tmp_path, write_clips):
     assert all(torch.equal(cache[n].z_vision, before[n]) for n in names)
 
 
-def test_unreadable_videos_are_named_not_replaced(config, tmp_path, write_clips):
+@pytest.fixture
+def vision(config, tmp_path):
+    """→ config whose weights lie in tmp_path"""
     from safetensors.torch import save_file
 
     from vidreason import VideoTransformer, build_sam
 
-    names = write_clips(tmp_path, 1)
-    (tmp_path / "bad.mp4").write_text("not a video")
     save_file(VideoTransformer(config).state_dict(), tmp_path / "encoder.safetensors")
     save_file(build_sam(config).state_dict(), tmp_path / "sam.safetensors")
-    config = replace(config, encoder_weights="encoder.safetensors", sam_weights="sam.safetensors")
-    data.encode_videos(tmp_path, config, tmp_path, [*names, "bad.mp4"], tmp_path / "features")
+    return replace(config, encoder_weights="encoder.safetensors", sam_weights="sam.safetensors")
+
+
+def test_unreadable_videos_are_named_not_replaced(vision, tmp_path, write_clips):
+    names = write_clips(tmp_path, 1)
+    (tmp_path / "bad.mp4").write_text("not a video")
+    data.encode_videos(tmp_path, vision, tmp_path, [*names, "bad.mp4"], tmp_path / "features")
     cache = data.FeatureCache(tmp_path / "features")
     assert set(cache.videos) == set(names) and "bad.mp4" in cache.bad
+    with pytest.raises(VidReasonError, match="1 of 2 videos cannot be read"):
+        data.report_bad(cache, [*names, "bad.mp4"], tmp_path / "bad_videos.jsonl", 0.4)
+    assert list(data.report_bad(cache, [*names, "bad.mp4"], tmp_path / "bad_videos.jsonl", 0.6)) == ["bad.mp4"]
+    write_clips(tmp_path, 2)  # the second is a good one under a new name; now mend the bad one
+    (tmp_path / "bad.mp4").write_bytes((tmp_path / "1.mp4").read_bytes())
+    data.encode_videos(tmp_path, vision, tmp_path, [*names, "bad.mp4"], tmp_path / "features")
+    assert not data.FeatureCache(tmp_path / "features").bad
+
+
+def test_two_ranks_share_the_videos_and_every_video_is_there_once(vision, tmp_path, write_clips):
+    names = write_clips(tmp_path / "videos", 5)
+    for rank in (1, 0):
+        data.encode_videos(tmp_path, vision, tmp_path / "videos", names, tmp_path / "f", 1, 2, rank, 2)
+    shards = [json.loads(p.read_text())["videos"] for p in (tmp_path / "f").glob("shard-*.json")]
+    assert sorted(sum(shards, [])) == names and len(shards) == 3
+
+
+def test_a_decoder_that_hangs_or_dies_costs_one_video(vision, tmp_path, write_clips):
+    """No time at all is given, so that the worker is killed as one that hangs would be."""
+    names = write_clips(tmp_path, 1)
+    data.encode_videos(tmp_path, vision, tmp_path, names, tmp_path / "features", patience=0.01)
+    assert "took more than 0.01 s" in data.FeatureCache(tmp_path / "features").bad["0.mp4"]
+    with data.ProcessPool(1) as pool:
+        why = data.outcome_of(pool.schedule(os.abort), tmp_path / "0.mp4", 5)
+    assert "the decoder died" in why and "0.mp4" in why
+
+
+def test_tar_shards_are_read_where_they_lie(vision, tmp_path, write_clips):
+    """video2dataset's layout: KEY.mp4, KEY.txt and KEY.json side by side; 0002 has lost its video."""
+    import tarfile
+
+    names = write_clips(tmp_path / "plain", 2)
+    with tarfile.open(tmp_path / "00000.tar", "w") as tar:
+        for i, text in enumerate(["a red ball", "a blue box", "lost"]):
+            members = {".txt": text.encode(), ".json": json.dumps({"caption": "older", "url": "u"}).encode()}
+            members |= {".mp4": (tmp_path / "plain" / names[i]).read_bytes()} if i < 2 else {}
+            for suffix, content in members.items():
+                member = tarfile.TarInfo(f"{i:04d}{suffix}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    samples = data.read_samples(tmp_path / "00000.tar", tmp_path)
+    assert [(s.video, s.answer) for s in samples][:2] == [
+        ("00000.tar/0000.mp4", "a red ball"),
+        ("00000.tar/0001.mp4", "a blue box"),
+    ]
+    data.encode_videos(tmp_path, vision, tmp_path, [s.video for s in samples], tmp_path / "f1")
+    data.encode_videos(tmp_path, vision, tmp_path / "plain", names, tmp_path / "f2")
+    inside, plain = data.FeatureCache(tmp_path / "f1"), data.FeatureCache(tmp_path / "f2")
+    assert "no such member" in inside.bad["00000.tar/0002.mp4"] and len(inside.videos) == 2
+    assert torch.equal(inside["00000.tar/0001.mp4"].z_vision, plain["1.mp4"].z_vision)
+
+
+def test_csv_of_webvid_and_of_our_own(tmp_path):
+    (tmp_path / "webvid.csv").write_text(
+        'videoid,contentUrl,duration,page_dir,name\n21,http://x,PT1S,001_050,"a dog, running"\n'
+    )
+    (sample,) = data.read_samples(tmp_path / "webvid.csv")
+    assert (sample.id, sample.video, sample.answer) == ("21", "001_050/21.mp4", "a dog, running")
+    (tmp_path / "own.csv").write_text("video,question,answer\na.mp4,why ?,because\n")
+    (sample,) = data.read_samples(tmp_path / "own.csv")
+    assert (sample.video, sample.question, sample.answer) == ("a.mp4", "why ?", "because")
+    for text, where in (("file,caption\na,b\n", "header"), ("video,caption\na,b\nc,\n", "line 3")):
+        (tmp_path / "bad.csv").write_text(text)
+        with pytest.raises(VidReasonError, match=where):
+            data.read_samples(tmp_path / "bad.csv")
 
 
 def test_missing_weights_stop_before_any_worker_starts(config, tmp_path):

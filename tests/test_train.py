@@ -1,0 +1,292 @@
+"""train.py as a program: the same numbers whatever the number of processes, and after any kill."""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_llm, tiny_tokenizer
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import data
+import train
+from vidreason import VideoTransformer, VidReason, VidReasonError, build_sam
+
+ROOT = Path(__file__).resolve().parent.parent
+ANSWERS = ["the ball hits the egg", "it breaks because the ball hits it", "red", "the blue box rolls , the egg breaks"]
+
+
+@pytest.fixture(scope="module")
+def place(config, tmp_path_factory):
+    """A model directory with random weights, 12 videos with captions and questions of unequal length, features."""
+    from conftest import write_video
+
+    folder = tmp_path_factory.mktemp("train")
+    torch.manual_seed(0)
+    save_file(VideoTransformer(config).state_dict(), folder / "encoder.safetensors")
+    save_file(build_sam(config).state_dict(), folder / "sam.safetensors")
+    tiny_llm().save_pretrained(folder / "llm")
+    tiny_tokenizer().save_pretrained(folder / "llm")
+    (folder / "config.json").write_text(json.dumps(asdict(config)))
+    (folder / "videos").mkdir()
+    names = [f"{i}.mp4" for i in range(12)]
+    for i, name in enumerate(names):
+        write_video(folder / "videos" / name, n=4 + i)
+    captions = [{"video": name, "caption": ANSWERS[i % 4]} for i, name in enumerate(names)]
+    asked = [{"video": name, "question": "why ?", "answer": ANSWERS[(i + k) % 4]} for i, name in enumerate(names)
+             for k in (0, 1)]  # fmt: skip
+    asked += [{"question": "what ?", "answer": "it breaks", "context": "the ball hits the egg"}] * 3
+    (folder / "captions.jsonl").write_text("\n".join(map(json.dumps, captions)))
+    (folder / "asked.jsonl").write_text("\n".join(map(json.dumps, asked)))
+    return folder
+
+
+def command(place, out, *flags, processes=0):
+    """The command line of a run of 6 steps of 8 videos, in fp32, on one thread per process."""
+    start = [sys.executable]
+    if processes:
+        start += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    given = f"train.py --model {place} --videos {place / 'videos'} --features {place / 'features'} --output_dir {out}"
+    given += " --batch 8 --max_steps 6 --warmup 2 --lr 1e-3 --threads 1 --processes 1 --precision fp32 --device cpu"
+    flags = " ".join(map(str, flags))
+    if "--data" not in flags:
+        flags += f" --data {place / 'captions.jsonl'}"
+    return [*start, *given.split(), *flags.split()]
+
+
+def run(*args, **kwargs):
+    done = subprocess.run(command(*args, **kwargs), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+def refused(*args, **kwargs):
+    """The one line that a run ends with."""
+    done = subprocess.run(command(*args, **kwargs), cwd=ROOT, capture_output=True, text=True)
+    if not kwargs:  # torchrun has an exit code and a traceback of its own
+        assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr[-3000:]
+    (line,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
+    return line
+
+
+def losses(out):
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+    return [row["loss"] for row in rows]
+
+
+@pytest.fixture(scope="module")
+def whole(place, tmp_path_factory):
+    """An uninterrupted run of stage 1 in one process."""
+    out = tmp_path_factory.mktemp("whole")
+    text = run(place, out, "--stage 1 --muon_lr 0 --lr 1e-4 --save_every 1 --keep 2")
+    return out, text
+
+
+def test_a_run_says_what_is_trained_and_leaves_what_infer_needs(place, whole, videos):
+    out, text = whole
+    assert "fusion" in text and "new" in text and "frozen; from" in text and "12 videos (0 of 12 unreadable)" in text
+    assert [p.name for p in train.complete_checkpoints(out)] == ["step-00000005", "step-00000006"]
+    row = json.loads((out / "log.jsonl").read_text().splitlines()[0])
+    assert {"step", "loss", "lr", "grad_norm", "tokens_per_s", "samples_per_s", "memory_gib", "data_wait"} <= set(row)
+    assert (out / "loss.png").stat().st_size > 1000
+    assert isinstance(VidReason.load(out / "model").answer(videos["good"], "why ?"), str)
+
+
+@pytest.mark.parametrize("flags", ["", "--micro_batch 2", "--shard full"])
+def test_two_processes_compute_what_one_computes(place, whole, tmp_path, flags):
+    """1 × 8, 2 × 4, 2 × 2 with accumulation 2, and the LLM sharded: one loss, one set of weights (fp32).
+
+    Biases of keys shift all scores alike, so that softmax gives them a gradient of zero; what is left of it is
+    rounding, which Adam divides by its own size.
+    """
+    run(place, tmp_path, "--stage 1 --muon_lr 0 --lr 1e-4", flags, processes=2)
+    alone, together = losses(whole[0]), losses(tmp_path)
+    assert alone == pytest.approx(together, rel=1e-6)
+    alone, together = (load_file(out / "model" / "fusion.safetensors") for out in (whole[0], tmp_path))
+    assert alone.keys() == together.keys()
+    for name in alone.keys():
+        difference = (alone[name] - together[name]).abs()
+        if name.endswith("self_qkv.bias"):
+            difference = torch.cat([difference.chunk(3)[0], difference.chunk(3)[2]])
+        assert name.endswith("W_K.bias") or difference.max() < 1e-6, name
+
+
+def test_stage_2_on_two_processes_with_text_and_muon(place, whole, tmp_path):
+    """LoRA, text-only rows and both optimisers; Muon orthogonalises in bf16, hence the tolerance."""
+    flags = f"--stage 2 --init_from {whole[0] / 'model'} --pairs_per_video 2 --text_share 0.5 --muon_lr 1e-3"
+    flags += f" --data {place / 'asked.jsonl'}"
+    text = run(place, tmp_path / "one", flags)
+    assert "LoRA adapters of rank 2" in text
+    run(place, tmp_path / "two", flags, processes=2)
+    alone, together = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert alone[0] == pytest.approx(together[0], abs=1e-6) and alone == pytest.approx(together, rel=0.01)
+    adapters = [load_file(tmp_path / n / "model" / "lora" / "adapter_model.safetensors") for n in ("one", "two")]
+    assert adapters[0].keys() == adapters[1].keys() and len(adapters[0]) == 2 * 2 * 7  # A and B, layers, linear parts
+    assert all(torch.allclose(adapters[0][k], adapters[1][k], atol=1e-3) for k in adapters[0])
+
+
+def kill_at_random(arguments, out, mid_save):
+    """Start a run and SIGKILL it: while a checkpoint is being written, or at any time after the first step.
+
+    → whether it was killed before it ended."""
+    process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log, began = out / "log.jsonl", time.time()
+    steps = len(log.read_text().splitlines()) if log.exists() else 0
+    while process.poll() is None and time.time() - began < 300:
+        if mid_save and list(out.glob("checkpoints/*.partial")):
+            break
+        if not mid_save and log.exists() and len(log.read_text().splitlines()) > steps:
+            time.sleep(random.random() * 0.3)
+            break
+        time.sleep(0.0005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    return process.returncode == -signal.SIGKILL
+
+
+def test_a_killed_run_resumes_to_the_same_bits(place, whole, tmp_path):
+    flags = "--stage 1 --muon_lr 0 --lr 1e-4 --save_every 1 --keep 2"
+    killed = [kill_at_random(command(place, tmp_path, flags), tmp_path, mid_save) for mid_save in (True, False, True)]
+    assert sum(killed) >= 2, "the run was too fast to be killed"
+    (tmp_path / "checkpoints" / "step-99999999.partial").mkdir()  # a save that was killed right at its start
+    run(place, tmp_path, flags)
+    assert losses(tmp_path) == losses(whole[0])
+    alone, resumed = (load_file(out / "model" / "fusion.safetensors") for out in (whole[0], tmp_path))
+    assert all(torch.equal(alone[k], resumed[k]) for k in alone)
+
+
+def test_a_checkpoint_of_two_processes_resumes_on_one_and_on_two(place, tmp_path):
+    """Stage 1 with Muon; on two the bits are the same, on one the sums are ordered otherwise."""
+    flags = "--stage 1 --muon_lr 0.01 --save_every 3 --keep 2"
+    run(place, tmp_path / "a", flags, processes=2)
+    for processes, tolerance in ((2, 0), (0, 0.02)):
+        out = tmp_path / str(processes)
+        out.mkdir()
+        subprocess.run(["cp", "-r", tmp_path / "a" / "checkpoints", tmp_path / "a" / "log.jsonl", out], check=True)
+        subprocess.run(["rm", "-r", out / "checkpoints" / "step-00000006"], check=True)
+        assert "goes on after step 3" in run(place, out, flags, processes=processes)
+        assert losses(out) == pytest.approx(losses(tmp_path / "a"), rel=tolerance, abs=0)
+
+
+def test_another_run_or_a_foreign_checkpoint_is_refused(place, whole, tmp_path):
+    subprocess.run(["cp", "-r", whole[0] / "checkpoints", tmp_path], check=True)
+    flags = "--stage 1 --muon_lr 0 --lr 1e-4 --save_every 1 --keep 2"
+    assert "lr was 0.0001, is 0.0002" in refused(place, tmp_path, flags.replace("1e-4", "2e-4"))
+    (shard,) = (tmp_path / "checkpoints" / "step-00000006").glob("*.safetensors")
+    with safe_open(shard, "pt") as file:
+        tensors = {key.replace("fusion.queries", "fusion.stranger"): file.get_tensor(key) for key in file.keys()}
+        notes = {key: value.replace("fusion.queries", "fusion.stranger") for key, value in file.metadata().items()}
+    save_file(tensors, shard, notes)
+    says = refused(place, tmp_path, flags)
+    assert "missing model.fusion.queries" in says and "unexpected model.fusion.stranger" in says and "--restart" in says
+    shard.write_bytes(shard.read_bytes()[:100])
+    assert "checkpoint cannot be read" in refused(place, tmp_path, flags)
+    run(place, tmp_path, flags, "--restart")
+    assert losses(tmp_path) == losses(whole[0])
+
+
+def test_bad_videos_are_named_and_too_many_stop_the_run(place, tmp_path):
+    (place / "videos" / "bad.mp4").write_text("not a video")
+    records = (place / "captions.jsonl").read_text() + '\n{"video": "bad.mp4", "caption": "red"}'
+    (tmp_path / "more.jsonl").write_text(records)
+    flags = f"--stage 1 --muon_lr 0 --lr 1e-4 --data {tmp_path / 'more.jsonl'}"
+    says = refused(place, tmp_path / "a", flags)
+    assert "1 of 13 videos cannot be read" in says and "bad.mp4" in says and "--max_bad_fraction" in says
+    row = json.loads((tmp_path / "a" / "bad_videos.jsonl").read_text())
+    assert row["video"] == "bad.mp4" and "not a video" in row["reason"]
+    run(place, tmp_path / "b", flags, "--max_bad_fraction 0.1", processes=2)
+    assert len(losses(tmp_path / "b")) == 6
+
+
+def settings_of(place, tmp_path, **given):
+    """What complete() makes of a command line, as an object."""
+    base = dict(stage=1, model=str(place), data=[str(place / "captions.jsonl")], videos=str(place / "videos"))
+    base |= dict(features=str(place / "features"), output_dir=str(tmp_path), batch=4, micro_batch=4, max_steps=3)
+    base |= dict(precision="fp32", processes=1, lr=1e-2, warmup=0)
+    return train.complete(train.Settings(**(base | given)))
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_only_what_a_stage_trains_changes(place, whole, tmp_path, stage):
+    """Encoder, SAM and LLM stay the same bit for bit; the queries learn through the frozen LLM."""
+    given = {} if stage == 1 else dict(stage=2, init_from=str(whole[0] / "model"), data=[str(place / "asked.jsonl")])
+    settings, cpu = settings_of(place, tmp_path, **given), torch.device("cpu")
+    model = train.build(settings, cpu, torch.float32)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    samples = [s for path in settings.data for s in data.read_samples(path)]
+    cache = data.FeatureCache(place / "features")
+    batches = data.Batches(settings, samples, cache, model.tokenizer, model.config.num_queries)
+    optimizers = train.build_optimizers(model, settings)
+    for step in range(2):
+        train.train_step(model, optimizers, batches.step(step), settings, cpu)
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    expected = {name for name in before if name.startswith("fusion.") or "lora_" in name}
+    assert changed == expected and "fusion.queries" in changed
+    assert any("lora_" in name for name in changed) == (stage == 2)
+    assert all(p.grad is None for name, p in model.named_parameters() if name not in expected)
+
+
+def test_the_paper_s_settings_are_the_defaults_of_its_preset(model):
+    """§5.1 of the paper, read back from what a run would use."""
+    for stage, lr, batch, epochs, warmup in ((1, 1e-4, 2048, 4, 2000), (2, 2e-5, 256, 3, 0.03)):
+        settings = train.complete(train.Settings(stage=stage, preset="paper", data=["x"], videos="y"))
+        found = (settings.lr, settings.batch, settings.epochs, settings.warmup, settings.weight_decay)
+        assert found == (lr, batch, epochs, warmup, 0.05) and settings.muon_lr is None and settings.max_steps is None
+        if stage == 2:
+            model.add_lora()
+        (adamw,) = train.build_optimizers(model.freeze(stage), settings)
+        assert type(adamw) is torch.optim.AdamW and {g["betas"] for g in adamw.param_groups} == {(0.9, 0.98)}
+        decay = {id(p): g["weight_decay"] for g in adamw.param_groups for p in g["params"]}
+        for name, p in model.named_parameters():
+            if p.requires_grad:
+                assert decay[id(p)] == (0.05 if p.ndim == 2 and name != "fusion.queries" else 0.0), name
+    config, _ = train.config_of(settings)
+    assert (config.lora_rank, config.lora_alpha, config.num_queries, config.fusion_layers) == (64, 128, 32, 8)
+
+
+def test_the_schedule_warms_up_and_decays_to_zero():
+    settings = train.Settings(warmup=10, max_steps=110)
+    assert [train.schedule(k, settings) for k in (0, 4, 9)] == pytest.approx([0.1, 0.5, 1.0])
+    assert [train.schedule(k, settings) for k in (10, 60, 110)] == pytest.approx([1.0, 0.5, 0.0])
+    share = train.Settings(warmup=0.03, max_steps=100)
+    assert train.schedule(0, share) == pytest.approx(1 / 3) and train.schedule(3, share) == 1.0
+
+
+def test_every_video_comes_once_per_epoch_on_one_rank_or_on_four(place, tmp_path):
+    settings, cache = settings_of(place, tmp_path, batch=4, micro_batch=1), data.FeatureCache(place / "features")
+    samples = data.read_samples(place / "captions.jsonl")
+
+    class Spy(dict):
+        def __getitem__(self, name):
+            seen.append(name)
+            return cache[name]
+
+    spy, found = Spy.fromkeys(cache.videos), []
+    for world in (1, 4):
+        seen, by_step = [], []
+        for step in range(3):
+            for rank in range(world):
+                data.Batches(settings, samples, spy, tiny_tokenizer(), 5, rank, world).step(step)
+            by_step.append(sorted(seen[-4:]))
+        assert sorted(seen) == sorted(cache.videos)
+        found.append(by_step)
+    assert found[0] == found[1]
+
+
+def test_rows_that_cannot_be_shared_are_refused(place, tmp_path):
+    says = refused(place, tmp_path, "--stage 1 --batch 7", processes=2)
+    assert "7 rows cannot be shared by 2 processes (--batch)" in says
+
+
+def test_a_missing_report_package_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(VidReasonError, match="pip install wandb"):
+        train.Log(tmp_path, train.Settings(report_to="wandb", max_steps=1), 0)
