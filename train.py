@@ -31,6 +31,7 @@ import math
 import resource
 import shutil
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -47,6 +48,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 from transformers import HfArgumentParser
+from transformers.utils.logging import disable_progress_bar
 
 from data import (
     ROOT,
@@ -151,6 +153,11 @@ def complete(settings: Settings) -> Settings:
             raise VidReasonError(f"{value} is too few (--{name}): give at least 1")
     if not toy and not settings.plan and not (settings.data and settings.videos):
         raise VidReasonError(f"preset {settings.preset} has no data of its own (--data, --videos): name yours")
+    parts = ("encoder_weights", "sam", "sam_weights", "llm")
+    if settings.stage == 2 and (given := [name for name in parts if getattr(settings, name)]):
+        raise VidReasonError(
+            f"stage 2 takes its frozen parts from --init_from (--{given[0]}): change the config.json there"
+        )
     names = ["captions.jsonl"] if settings.stage == 1 else ["samples.jsonl", "captions.jsonl", "text.jsonl"]
     return replace(
         settings,
@@ -599,6 +606,8 @@ def main():
     settings, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
     if unknown:
         parser.error(f"unknown option {unknown[0]}")
+    disable_progress_bar()  # of loading weights, once per process
+    warnings.filterwarnings("ignore", module="torch.distributed.checkpoint")  # that one process saves is meant so
     run(complete(settings))
 
 

@@ -1,14 +1,21 @@
 """The encoder against ViCLIP's own code (numbers it computed, recorded below) and against the layout of its files."""
 
+import json
 import math
+import subprocess
 import sys
 import types
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import tiny_llm, tiny_tokenizer, write_video
 from safetensors.torch import save_file
 
-from vidreason import Config, VideoTransformer, VidReasonError, load_weights
+from vidreason import Config, VideoTransformer, VidReasonError, build_sam, load_weights
+
+ROOT = Path(__file__).resolve().parent.parent
 
 CONFIG = Config(
     image_size=24, patch_size=8, frames_per_clip=3, encoder_width=16, encoder_layers=2, encoder_heads=2,
@@ -119,3 +126,33 @@ def test_viclip_training_checkpoints_are_read(tmp_path, monkeypatch):
     encoder = VideoTransformer(CONFIG)
     load_weights(encoder, tmp_path / "viclip.pth")
     assert all(torch.equal(tensor, tower()[name]) for name, tensor in encoder.state_dict().items())
+
+
+def test_official_files_train_and_answer_through_the_command_line(tmp_path):
+    """ViCLIP's .pth, SAM's .pth and a bf16 Llama directory, as published but small and random: train, then ask."""
+    folder = tmp_path / "downloads"
+    folder.mkdir()
+    write_video(folder / "clip.mp4")
+    (folder / "captions.csv").write_text("videoid,page_dir,name\nclip,.,the ball hits the egg\n")
+    torch.save({"model": viclip(), "epoch": 9}, folder / "ViCLIP-B.pth")
+    config = replace(
+        CONFIG, sam="toy", points_per_side=2, keyframe_size=96, sam_iou_threshold=-9.0, sam_stability_threshold=0.0,
+        num_queries=4, fusion_width=16, fusion_layers=1, fusion_heads=2, max_new_tokens=4, llm="none",
+    )  # fmt: skip
+    torch.save(build_sam(config).state_dict(), folder / "sam_vit_t.pth")
+    tiny_llm().bfloat16().save_pretrained(folder / "Llama")
+    tiny_tokenizer().save_pretrained(folder / "Llama")
+    (tmp_path / "sizes").mkdir()
+    (tmp_path / "sizes" / "config.json").write_text(json.dumps(asdict(config)))
+    flags = f"--preset paper --model {tmp_path / 'sizes'} --encoder_weights {folder / 'ViCLIP-B.pth'} --sam_weights "
+    flags += f"{folder / 'sam_vit_t.pth'} --llm {folder / 'Llama'} --data {folder / 'captions.csv'} --videos {folder} "
+    flags += f"--features {tmp_path / 'features'} --output_dir {tmp_path / 'run'} --batch 1 --max_steps 2 --device cpu"
+    for command in (
+        f"train.py --stage 1 {flags}",
+        f"infer.py {folder / 'clip.mp4'} --model {tmp_path / 'run' / 'model'}",
+    ):
+        done = subprocess.run([sys.executable, *command.split()], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
+    assert len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) == 2
+    found = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
+    assert (tmp_path / "run" / "model" / found["encoder_weights"]).samefile(folder / "ViCLIP-B.pth")
