@@ -196,6 +196,7 @@ def write_json(path, value):
 def start_worker(config, model_dir, device):
     global VISION  # one encoder and SAM per process, not per video
     torch.set_num_threads(1)
+    torch.set_float32_matmul_precision("high")  # TF32 on GPUs
     VISION = (*load_vision(config, model_dir, device), config)
 
 

@@ -35,6 +35,7 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -134,7 +135,7 @@ class Settings:
     compile: bool = option("torch.compile the LLM's blocks.", False)
     report_to: str | None = option("Also log to this.", choices=["tensorboard", "wandb"])
     threads: int | None = option("CPU threads per process (default: its share of the cores).")
-    processes: int = option("Processes that compute missing features, per rank.", os.cpu_count() or 1)
+    processes: int | None = option("Processes that compute missing features, per rank (default: cores, 4 per GPU).")
     plan: bool = option("Say what a run would need (memory, hours, bytes), and stop.", False)
     world_size: int = option("Number of GPUs that --plan reckons with.", 1)
     mfu: float = option("Share of a GPU's peak that --plan reckons with.", 0.33)
@@ -238,7 +239,7 @@ def parallelise(model, settings, device):
     machines = max(1, world() // int(os.environ.get("LOCAL_WORLD_SIZE", world())))
     shape = (machines, world() // machines) if full and machines > 1 else (world(),)
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=("machines", "gpus")[-len(shape) :])
-    bf16 = torch.bfloat16 if device.type == "cuda" and settings.precision != "fp32" else None
+    bf16 = torch.bfloat16 if device.type == "cuda" and uses_bf16(settings, device) else None
     policy = MixedPrecisionPolicy(param_dtype=bf16, reduce_dtype=torch.float32, cast_forward_inputs=False)
     outside = {*model.encoder.parameters(), *model.sam.parameters()}
     if full:
@@ -316,18 +317,21 @@ def schedule(step, settings):
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, settings.max_steps - warmup)))
 
 
-def has_bf16(device):
-    """Whether bf16 is multiplied faster than fp32 here: 2.5 × on CPUs with avx512_bf16."""
+def uses_bf16(settings, device):
+    """As asked for; by itself on GPUs that have it, and on CPUs with avx512_bf16, where it is 2.5 × faster."""
+    if settings.precision != "auto":
+        return settings.precision == "bf16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    return device.type == "cuda" or "avx512_bf16" in flags
+    return "avx512_bf16" in flags
 
 
 @contextmanager
 def arithmetic(settings, device):
-    """bf16 if asked for or faster; on a CPU unfused attention, because the fused backward is slow there."""
-    bf16 = settings.precision == "bf16" or (settings.precision == "auto" and has_bf16(device))
+    """The precision of a step; on a CPU unfused attention, because the fused backward is slow there."""
     attention = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
-    with attention, torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+    with attention, torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(settings, device)):
         yield
 
 
@@ -358,7 +362,7 @@ def train_step(model, optimizers, micro, settings, device):
 def training_state(model, optimizers):
     """Everything that a step changes, by name: tensors only, so that a checkpoint is safetensors and no pickle.
 
-    The schedule and the sample order follow from the step, and nothing in the model is random.
+    The schedule, the sample order and the state of the random generators follow from the step.
     """
     names = {p: name for name, p in model.named_parameters() if p.requires_grad}
     state = {f"model.{name}": p.detach() for p, name in names.items()}
@@ -401,8 +405,9 @@ def complete_checkpoints(out):
 
 def resume(model, optimizers, out, agreement, restart):
     """Load the newest complete checkpoint, if any → the number of steps that are done."""
-    if rank() == 0 and restart:
-        shutil.rmtree(out / "checkpoints", ignore_errors=True)
+    if rank() == 0:
+        for leftover in out.glob("checkpoints/step-*" if restart else "checkpoints/*.partial"):
+            shutil.rmtree(leftover)
     barrier()
     checkpoints = complete_checkpoints(out)
     if not checkpoints:
@@ -563,6 +568,7 @@ def train(model, batches, optimizers, settings, device, out, begin, agreement):
             micro = coming.result()
             waited = time.perf_counter() - start
             coming = ahead.submit(batches.step, step + 1)
+            torch.manual_seed(settings.seed * 1_000_003 + step)  # dropout, if an LLM has any, follows from the step
             for group in (group for optimizer in optimizers for group in optimizer.param_groups):
                 group["lr"] = group["peak"] * schedule(step, settings)
             loss, norm, tokens = train_step(model, optimizers, micro, settings, device)
@@ -583,35 +589,43 @@ def train(model, batches, optimizers, settings, device, out, begin, agreement):
 
 
 def start_processes(settings):
-    """→ device of this process. torchrun sets RANK; a lone GPU is a group of one, for FSDP's mixed precision."""
+    """→ (device of this process, settings with its share of the cores).
+
+    torchrun sets RANK; a lone GPU is a group of one, for the mixed precision of FSDP2.
+    """
     cuda = settings.device == "cuda" or (settings.device == "auto" and torch.cuda.is_available())
     if cuda and not torch.cuda.is_available():
         raise VidReasonError("there is no GPU that torch can use (--device cuda): give --device cpu")
     here = int(os.environ.get("LOCAL_RANK", 0))
     if cuda:
         torch.cuda.set_device(here)
+    device = torch.device("cuda", here) if cuda else torch.device("cpu")
     if "RANK" in os.environ:
-        dist.init_process_group("nccl" if cuda else "gloo")
+        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
     elif cuda:
-        dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1, device_id=device)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    torch.set_num_threads(settings.threads or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-    return torch.device("cuda", here) if cuda else torch.device("cpu")
+    share = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    torch.set_num_threads(settings.threads or share)
+    return device, replace(settings, processes=settings.processes or (min(4, share) if cuda else share))
 
 
 def run(settings):
-    device, out = start_processes(settings), Path(settings.output_dir)
+    device, settings = start_processes(settings)
+    out = Path(settings.output_dir)
     for name, count in (("batch", settings.batch), ("text_share", round(settings.batch * settings.text_share))):
         if count % world() and (name == "batch" or count < world()):
             raise VidReasonError(f"{count} rows cannot be shared by {world()} processes (--{name}): give a multiple")
     settings = replace(settings, micro_batch=settings.micro_batch or settings.batch // world())
     out.mkdir(parents=True, exist_ok=True)
     samples = [s for path in settings.data for s in read_samples(path, settings.videos)]
-    model = build(settings, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    half = device.type == "cuda" and uses_bf16(settings, device)  # on a CPU the toy's LLM costs no memory
+    model = build(settings, device, torch.bfloat16 if half else torch.float32)
     names = sorted({s.video for s in samples if s.video})[: settings.max_videos]
     config, split = model.config, (rank(), world(), str(device))
     encode_videos(model.directory, config, settings.videos, names, settings.features, settings.processes, 100, *split)
-    barrier()
+    if world() > 1:  # ranks may be hours apart here, and NCCL gives up after ten minutes
+        dist.barrier(dist.new_group(backend="gloo", timeout=timedelta(days=30)))
     cache = FeatureCache(settings.features)
     bad = report_bad(cache, names, out / "bad_videos.jsonl", settings.max_bad_fraction) if rank() == 0 else ()
     cache.videos = {name: cache.videos[name] for name in names if name in cache}
@@ -622,11 +636,11 @@ def run(settings):
         f"stage {settings.stage}: {len(batches.videos)} videos ({len(bad)} of {len(names)} unreadable), {steps} "
         f"steps of {settings.batch}, on {world()} × {device.type}, {torch.get_num_threads()} threads each"
     ]
-    if world() > 1 or device.type == "cuda":
-        notes.append(parallelise(model, settings, device))
     if settings.compile:
         for block in model.llm.get_decoder().layers:
             block.compile(dynamic=True)
+    if world() > 1 or device.type == "cuda":
+        notes.append(parallelise(model, settings, device))
     optimizers, agreement = build_optimizers(model, settings), agreed(settings, batches)
     begin = resume(model, optimizers, out, agreement, settings.restart)
     if rank() == 0:
