@@ -2,6 +2,7 @@
 
     python -m toy.pretrain world       # training and validation videos as mp4, decoded once (runs/world)
     python -m toy.pretrain llm         # stories, questions and world knowledge, text only   (toy/weights/llm)
+    python -m toy.pretrain llm --init toy/weights/llm --seed 2 --steps 1000 --lookup_steps 200   # new stories, more
     python -m toy.pretrain encoder     # the video transformer: what is where, how it moves (toy/weights/encoder…)
     python -m toy.pretrain sam         # segment_anything from point prompts                (toy/weights/sam…)
 
@@ -108,8 +109,8 @@ def make_videos(folder, split, seed, count, processes):
     jobs = [(split, seed, i, folder) for i in range(count)]
     with (
         multiprocessing.Pool(processes) as pool,
-        open(folder / "samples.jsonl", "w") as samples,
-        open(folder / "captions.jsonl", "w") as captions,
+        open(folder / "samples.partial", "w") as samples,
+        open(folder / "captions.partial", "w") as captions,
     ):
         for i, (f, o, caption, records) in enumerate(
             tqdm(pool.imap(make_video, jobs, 16), total=count, desc=f"{split} videos")
@@ -120,6 +121,8 @@ def make_videos(folder, split, seed, count, processes):
                 json.dumps({"id": Path(records[0]["video"]).stem, "video": records[0]["video"], "caption": caption})
                 + "\n"
             )
+    for name in ("samples", "captions"):  # complete, or not there
+        (folder / f"{name}.partial").rename(folder / f"{name}.jsonl")
 
 
 def write_text(path, seed, count):
@@ -128,7 +131,7 @@ def write_text(path, seed, count):
     A third are world knowledge, two thirds are questions about stories, half of these about pairs that no video shows.
     """
     rng = np.random.default_rng((seed, 11))
-    with open(path, "w") as file:
+    with open(path.with_suffix(".partial"), "w") as file:
         for i in tqdm(range(count), desc="texts"):
             record = {"id": f"text-{i}"}
             if i % 3 == 0:
@@ -145,6 +148,7 @@ def write_text(path, seed, count):
                     answer=q["answer"],
                 )
             file.write(json.dumps(record) + "\n")
+    path.with_suffix(".partial").rename(path)
 
 
 # --------------------------------------------------------------------------- the LLM
@@ -704,6 +708,7 @@ def pretrain_sam(args):
 COMMANDS = [
     "python -m toy.pretrain world",
     "python -m toy.pretrain llm",
+    "python -m toy.pretrain llm --init toy/weights/llm --seed 2 --steps 1000 --lookup_steps 200",
     "python -m toy.pretrain encoder",
     "python -m toy.pretrain sam",
     "python train.py --stage 1",
