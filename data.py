@@ -182,8 +182,11 @@ def fingerprint(config, model_dir) -> dict:
     for part in ("encoder_weights", "sam_weights"):
         path = Path(model_dir, settings[part])
         if path.is_file():
+            found = hashlib.sha256()
             with open(path, "rb") as file:
-                settings[part] = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+                while block := file.read(1 << 24):
+                    found.update(block)
+            settings[part] = found.hexdigest()[:16]
     return settings
 
 
