@@ -318,7 +318,7 @@ def schedule(step, settings):
 
 
 def uses_bf16(settings, device):
-    """As asked for; by itself on GPUs that have it, and on CPUs with avx512_bf16, where it is 2.5 × faster."""
+    """As asked for; by itself on GPUs that have it, and on CPUs with avx512_bf16, which multiply it faster."""
     if settings.precision != "auto":
         return settings.precision == "bf16"
     if device.type == "cuda":
