@@ -366,22 +366,22 @@ class Batches:
 
     def step(self, k):
         """→ this rank's micro-batches [(Packed, vision | None)]"""
-        s, rows = self.settings, []
+        s, seen, told = self.settings, [], []
         for place in range(k * s.batch + self.rank, (k + 1) * s.batch, self.world):
             name, samples = self.videos[self.order(place // len(self.videos))[place % len(self.videos)]]
             some = np.random.default_rng((s.seed, place, 2)).permutation(len(samples))[: s.pairs_per_video]
-            rows.append((name, [self.encode(samples[i].question, samples[i].answer) for i in some]))
-        rows.sort(key=lambda row: sum(len(p) + len(t) for p, t in row[1]))  # rows of one length waste no padding
-        micro = []
-        for i in range(0, len(rows), s.micro_batch):
-            part = rows[i : i + s.micro_batch]
-            vision = collate_features([self.cache[name] for name, _ in part])
-            micro.append((pack([Conversation(pairs) for _, pairs in part], self.num_queries), vision))
+            seen.append((Conversation([self.encode(samples[i].question, samples[i].answer) for i in some]), name))
         if self.text and s.text_share:
             picks = np.random.default_rng((s.seed, k, 3)).integers(len(self.text), size=round(s.batch * s.text_share))
-            texts = [self.text[i] for i in picks[self.rank :: self.world]]
-            packed = pack([Conversation([self.encode(t.question, t.answer)], self.words(t.context)) for t in texts], 0)
-            micro.append((packed, None))
+            for text in (self.text[i] for i in picks[self.rank :: self.world]):
+                told.append((Conversation([self.encode(text.question, text.answer)], self.words(text.context)), None))
+        micro = []
+        for rows in (seen, told):
+            rows.sort(key=lambda row: len(row[0].context) + sum(len(p) + len(t) for p, t in row[0].pairs))
+            for i in range(0, len(rows), s.micro_batch):  # rows of one length waste no padding
+                said, names = zip(*rows[i : i + s.micro_batch], strict=True)
+                vision = collate_features([self.cache[name] for name in names]) if rows is seen else None
+                micro.append((pack(said, self.num_queries if rows is seen else 0), vision))
         return micro
 
 

@@ -147,7 +147,9 @@ PAPER = dict(pairs_per_video=1, weight_decay=0.05, text_share=0.0)
 TOY = dict(batch=32, lr=1e-3, warmup=100, weight_decay=0.02)
 DEFAULTS = {
     ("toy", 1): dict(TOY, max_videos=8000, max_steps=1500, pairs_per_video=1, muon_lr=0.02, text_share=0.0),
-    ("toy", 2): dict(TOY, max_videos=8000, max_steps=1500, pairs_per_video=7, muon_lr=0.01, text_share=0.5),
+    ("toy", 2): dict(
+        TOY, max_videos=8000, max_steps=1500, micro_batch=16, pairs_per_video=7, muon_lr=0.01, text_share=0.5
+    ),
     ("paper", 1): dict(PAPER, batch=2048, lr=1e-4, warmup=2000, epochs=4),
     ("paper", 2): dict(PAPER, batch=256, lr=2e-5, warmup=0.03, epochs=3),
 }
@@ -614,9 +616,10 @@ def run(settings):
     device, settings = start_processes(settings)
     out = Path(settings.output_dir)
     for name, count in (("batch", settings.batch), ("text_share", round(settings.batch * settings.text_share))):
-        if count % world() and (name == "batch" or count < world()):
+        if count % world():
             raise VidReasonError(f"{count} rows cannot be shared by {world()} processes (--{name}): give a multiple")
-    settings = replace(settings, micro_batch=settings.micro_batch or settings.batch // world())
+    share = settings.batch // world()
+    settings = replace(settings, micro_batch=min(settings.micro_batch or share, share))
     out.mkdir(parents=True, exist_ok=True)
     samples = [s for path in settings.data for s in read_samples(path, settings.videos)]
     half = device.type == "cuda" and uses_bf16(settings, device)  # on a CPU the toy's LLM costs no memory
