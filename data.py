@@ -17,13 +17,16 @@ import csv
 import hashlib
 import json
 import multiprocessing
+import re
 import sys
 import tarfile
 import tempfile
 import time
-from collections import deque
+import zlib
+from collections import Counter, deque
 from concurrent.futures import TimeoutError
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -59,43 +62,330 @@ class Sample:
     id: str
     video: str | None
     question: str
-    answer: str
+    answer: str  # what training should say; for multiple choice the gold option's text
     options: list[str] | None = None
     category: str = ""
     context: str = ""
+    gold: int | None = None  # index of the right option; options need not be distinct
+    truths: tuple = ()  # per-option truth (CLEVRER: 0..n right), or further right answers (open-ended)
+    start: float | None = None
+    end: float | None = None
 
 
-def read_samples(path, videos=".") -> list[Sample]:
-    """Read a .jsonl, .csv or .tar of records; `videos` is the folder that video names are relative to.
+def read_samples(spec, videos=".") -> list[Sample]:
+    """Training's way in: FILE (.jsonl, .csv or .tar of records), or BENCHMARK:FILE for one of READERS.
 
-    Raises VidReasonError with file and line (or key) for a record that cannot be used.
+    `videos` is the folder that video names are relative to. Questions with a truth per option are asked option by
+    option. Raises VidReasonError with file and line (or record) for a record that cannot be used.
     """
-    path = Path(path)
-    rows = {".csv": csv_rows, ".tar": partial(tar_rows, videos=videos)}.get(path.suffix, jsonl_rows)
-    samples, where = [], "start"
+    name, colon, path = str(spec).partition(":")
+    if not colon or name not in READERS:
+        return READERS["jsonl"](spec, videos)
+    samples = READERS[name](path, videos)
+    samples = samples if name == "jsonl" else locate(samples, videos)
+    return [one for s in samples for one in (per_option(s) if s.options and s.truths else [s])]
+
+
+def split_weight(spec):
+    """'nextqa:train.csv@2.5' → ('nextqa:train.csv', 2.5): an epoch shows each of its videos 2.5 times."""
+    found = re.fullmatch(r"(.+)@(\d*\.?\d+)", str(spec))  # not "*", which shells take for a pattern
+    if found and not float(found[2]):
+        raise VidReasonError(f"weight 0 ({spec}): leave the file out instead")
+    return (found[1], float(found[2])) if found else (str(spec), 1.0)
+
+
+# --------------------------------------------------------------------------- readers: one per layout
+
+
+class Place:
+    """Where a reader is, for messages: (where, row) pairs pass through it and come out as rows."""
+
+    def __init__(self, paths, videos="."):
+        self.paths, self.videos, self.where = paths, videos, "start"
+
+    def __call__(self, rows):
+        for self.where, row in rows:
+            yield row
+
+
+@contextmanager
+def naming(path, place):
+    """Whatever is wrong with a file becomes one line that names the file and the record."""
     try:
-        for where, row in rows(path):
-            samples.append(to_sample(row, where))
+        yield
     except (OSError, UnicodeDecodeError, tarfile.TarError) as error:
         raise VidReasonError(f"cannot read the annotations: {error} ({path}): check the path") from error
-    except (ValueError, AttributeError) as error:  # AttributeError: JSON, but no object
-        raise VidReasonError(f"unreadable record: {error} ({path}, {where}): mend or remove it") from error
-    if not samples:
-        raise VidReasonError(f"no records ({path}): the file is empty")
+    except (ValueError, LookupError, TypeError, AttributeError, csv.Error) as error:  # not the layout, mostly
+        what = f"no {error}" if isinstance(error, KeyError) else error
+        raise VidReasonError(f"unreadable record: {what} ({path}, {place.where}): mend or remove it") from error
+
+
+def read_files(samples_of, paths, videos=".") -> list[Sample]:
+    """Samples of one file or several, their ids distinct: READERS[name](paths) is this for its layout."""
+    paths, parts = [Path(p) for p in ([paths] if isinstance(paths, (str, Path)) else paths)], []
+    for path in paths:
+        place = Place(paths, videos)
+        with naming(path, place):
+            parts.append(list(samples_of(path, place)))
+    if not any(parts):
+        raise VidReasonError(f"no records ({', '.join(map(str, paths))}): the file is empty")
+    uses, seen = Counter(s.id for part in parts for s in part), Counter()
+    for path, part in zip(paths, parts, strict=True):
+        for s in part:
+            if uses[s.id] > 1:
+                s.id = f"{path.stem}/{s.id}" if len(paths) > 1 else s.id
+                seen[s.id] += 1
+                s.id += f"#{seen[s.id]}" if seen[s.id] > 1 else ""
+    return [s for part in parts for s in part]
+
+
+def locate(samples, videos):
+    """Where a video lies in `videos` under another suffix or folder than its layout's, its name becomes that one."""
+    lost, lying = {s.video for s in samples if s.video and not Path(videos, s.video).exists()}, {}
+    for path in Path(videos).rglob("*") if lost else ():
+        if path.suffix.lower() in (*VIDEO_SUFFIXES, ".jpg"):
+            lying.setdefault(path.stem, []).append(str(path.relative_to(videos)))
+    for s in samples:
+        if s.video in lost:
+            stem = Path(s.video).stem
+            found = lying.get(stem) or lying.get(stem.removeprefix("v_"), ())  # some keep ActivityNet without its v_
+            s.video = found[0] if len(found) == 1 else s.video
     return samples
 
 
+def per_option(sample) -> list[Sample]:
+    """A question of which any number of options may be right, as one yes-or-no question per option."""
+    out = []
+    for i, (option, truth) in enumerate(zip(sample.options, sample.truths, strict=True)):
+        question, chosen = f"{sample.question} {option}: yes or no?", multiple_choice(["yes", "no"], int(not truth))
+        out.append(replace(sample, id=f"{sample.id}/{i}", question=question, truths=(), **chosen))
+    return out
+
+
+def text(value) -> str:
+    """JSON has numbers among its options and answers, and some fields carry stray spaces."""
+    if isinstance(value, (str, int, float)) and str(value).strip():
+        return str(value).strip()
+    raise ValueError(f"{value!r} where text should be")
+
+
+def multiple_choice(options, gold):
+    """The fields of Sample that say which option is right; gold: its index from zero."""
+    options = [text(o) for o in options]
+    if gold not in range(len(options)):  # -1 would be the last
+        raise ValueError(f"there is no option {gold}")
+    return {"options": options, "gold": gold, "answer": options[gold]}
+
+
+def index_of(answer, options):
+    if answer not in options:
+        raise ValueError(f"the answer {answer!r} is none of {', '.join(options)}")
+    return options.index(answer)
+
+
+def load(path):
+    return json.loads(path.read_text("utf-8-sig"))
+
+
+def load_beside(path, name):
+    return load(path.with_name(name)) if path.with_name(name).exists() else {}
+
+
+def numbered(records):
+    return ((f"record {n}", row) for n, row in enumerate(records, 1))
+
+
+def table(path):
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        rows = csv.DictReader(file)
+        for row in rows:
+            if None in row:
+                raise ValueError(f"line {rows.line_num} has more fields than the header")
+            yield f"line {rows.line_num}", row
+
+
+def read_records(path, place):
+    """Our own layout, see the top of this file, and how WebVid and tar shards become it."""
+    rows = {".csv": csv_rows, ".tar": partial(tar_rows, videos=place.videos)}.get(path.suffix, jsonl_rows)
+    for row in place(rows(path)):
+        yield to_sample(row, place.where)
+
+
 def to_sample(row, where) -> Sample:
+    """With "options" (a list, or texts by letter) "gold" is the right one's index, or else "answer" its text, index or
+    letter, tried in this order. Without them "answer" is a text, or a list of texts that are all right."""
     row = json.loads(row) if isinstance(row, str) else row
-    answer = row.get("answer", row.get("caption"))
-    if not isinstance(answer, str) or not answer.strip():
+    answer, options, chosen = row.get("answer", row.get("caption")), row.get("options"), {}
+    if options:
+        options = list(map(text, [options[k] for k in sorted(options)] if isinstance(options, dict) else options))
+        letter = isinstance(answer, str) and answer.strip() not in options and answer.strip() in LETTERS
+        gold = row.get("gold", answer if isinstance(answer, int) and str(answer) not in options else None)
+        gold = LETTERS.index(answer.strip()) if letter and gold is None else gold
+        chosen = multiple_choice(options, index_of(str(answer).strip(), options) if gold is None else gold)
+    answer, *others = [chosen["answer"]] if chosen else answer if isinstance(answer, list) and answer else [answer]
+    if not all(isinstance(a, str) and a.strip() for a in (answer, *others)):
         raise ValueError('no "answer" or "caption"')
     for name in ("question", "video", "context"):
         if not isinstance(row.get(name) or "", str):
             raise ValueError(f'"{name}" is not text')
-    question, context = row.get("question") or CAPTION_PROMPT, row.get("context", "")
-    name = str(row.get("id", where))
-    return Sample(name, row.get("video"), question, answer, row.get("options"), row.get("type", ""), context)
+    start, end = (None if row.get(name) is None else float(row[name]) for name in ("start", "end"))
+    found = {"category": row.get("type") or row.get("category") or "", "context": row.get("context") or "", **chosen}
+    found |= {"answer": answer, "truths": tuple(others), "start": start, "end": end}
+    return Sample(str(row.get("id", where)), row.get("video"), row.get("question") or CAPTION_PROMPT, **found)
+
+
+def nextqa_fields(row, folders):
+    video, qid = text(row["video"]), text(row["qid"])  # qid counts within a video
+    file = f"NExTVideo/{folders[video]}.mp4" if folders else f"{video}.mp4"
+    return {"id": f"{video}_{qid}", "video": file, "question": text(row["question"]), "category": text(row["type"])}
+
+
+def read_nextqa(path, place):
+    """NExT-QA, multiple choice (doc-doc/NExT-QA, dataset/nextqa/*.csv): `answer` counts a0 … a4 from zero."""
+    folders = load_beside(path, "map_vid_vidorID.json")
+    for row in place(table(path)):
+        chosen = multiple_choice([row[f"a{i}"] for i in range(5)], int(row["answer"]))
+        yield Sample(**nextqa_fields(row, folders), **chosen)
+
+
+def read_nextqa_oe(path, place):
+    """NExT-QA, open-ended (doc-doc/NExT-OE, dataset/nextqa/*.csv); half the test set has a second right answer."""
+    folders, more = (load_beside(path, f) for f in ("map_vid_vidorID.json", f"add_reference_answer_{path.stem}.json"))
+    for row in place(table(path)):
+        second = more.get(row["video"], {}).get(row["qid"])
+        truths = (text(second),) if second else ()
+        yield Sample(**nextqa_fields(row, folders), answer=text(row["answer"]), truths=truths)
+
+
+def read_activitynetqa(path, place):
+    """ActivityNet-QA (MILVLG/activitynet-qa, dataset/*_q.json), joined by id with the *_a.json beside it or also given.
+
+    Files have ActivityNet's v_ before an id that may itself begin with v_.
+    """
+    rows, answers, beside = load(path), {}, path.with_name(path.name.replace("_q.", "_a."))
+    if "question" not in rows[0]:
+        return  # answers: the file of their questions reads them
+    for other in {p for p in (*place.paths, beside) if p.exists()} - {path}:
+        answers.update({row["question_id"]: row for row in load(other) if "answer" in row})
+    for row in place(numbered(rows)):
+        name, video = row["question_id"], f"v_{row['video_name']}.mp4"
+        if name not in answers:
+            raise ValueError(f"no answer to {name} in {beside.name} or another file that was given")
+        kind = ACTIVITYNET_TYPES[range(9).index(answers[name]["type"])]
+        yield Sample(name, video, text(row["question"]), text(answers[name]["answer"]), category=kind)
+
+
+def read_clevrer(path, place):
+    """CLEVRER (the host's train.json and validation.json; CLEVRER-Humans' {scene: questions}).
+
+    A descriptive question has one word as answer; of any other's options none, some or all are right.
+    """
+    scenes = load(path)
+    if isinstance(scenes, dict):
+        scenes = [{"scene_index": int(scene), **found} for scene, found in scenes.items()]
+    for scene in place(numbered(scenes)):
+        n = scene["scene_index"]
+        folder, file = n // 1000 * 1000, scene.get("video_filename") or f"video_{n:05d}.mp4"
+        for q in place((f"scene {n}, question {i}", q) for i, q in enumerate(scene["questions"])):
+            name, video = f"{n}_{q['question_id']}", f"video_{folder:05d}-{folder + 1000:05d}/{file}"
+            sample = Sample(name, video, text(q["question"]), "", category=q["question_type"])
+            if sample.category != "descriptive":
+                choices = sorted(q["choices"], key=lambda choice: choice["choice_id"])
+                sample.options = [text(choice["choice"]) for choice in choices]
+                sample.truths = tuple({"correct": True, "wrong": False}[choice["answer"]] for choice in choices)
+                right = (o for o, truth in zip(sample.options, sample.truths, strict=True) if truth)
+            sample.answer = " and ".join(right) or "none of them" if sample.options else text(q["answer"])
+            yield sample
+
+
+def vcr_text(tokens, objects):
+    """Tags are lists of places in `objects`, from zero; they read person1, car4: counted from one, as in *_orig."""
+    kinds = dict(enumerate(objects))  # some tags exceed it
+    words = (t if isinstance(t, str) else " and ".join(f"{kinds.get(i, 'person')}{i + 1}" for i in t) for t in tokens)
+    return re.sub(r" (?=[.,?!;:]|'\w|n't\b)", "", " ".join(words))
+
+
+def read_vcr(path, place):
+    """VCR (rowanz/r2c, dataloaders/vcr.py): a line is two questions, Q->A and, with its gold answer said, QA->R.
+
+    Q->AR is no question: evaluate.py counts the lines of which both are right.
+    """
+    for row in map(json.loads, place(jsonl_rows(path))):
+        say, video = partial(vcr_text, objects=row["objects"]), f"vcr1images/{row['img_fn']}"
+        question = say(row["question"])
+        for mode, kind in (("Q->A", "answer"), ("QA->R", "rationale")):
+            chosen = multiple_choice(map(say, row[f"{kind}_choices"]), row[f"{kind}_label"])
+            yield Sample(f"{row['annot_id']}/{mode}", video, question, category=mode, **chosen)
+            question += f" {chosen['answer']}"
+
+
+def read_tot(path, place):
+    """Test of Time's synthetic pairs (bpiyush/TestOfTime, package/datasets/synthetic.py); the relation is in the id.
+
+    The benchmark compares sim(video, sentence) with that of the sentence with its events swapped; to choose one of
+    the two sentences is our own version for language models.
+    """
+    for row in place(table(path)):
+        name = text(row["video_id"])
+        relation = "before" if "before" in name else "after"
+        events = text(row["sentence"]).lower().split(f" {relation} ")
+        if len(events) != 2:
+            raise ValueError(f"{row['sentence']!r} is not two events with {relation!r} between them")
+        gold = zlib.crc32(name.encode()) % 2  # not always the first
+        chosen = multiple_choice([f" {relation} ".join(events[:: 1 if i == gold else -1]) for i in range(2)], gold)
+        yield Sample(name, f"videos/{name}.mp4", TOT_QUESTION, category=relation, **chosen)
+
+
+def vlm4d_half(row, path):
+    """Ids count from 1 in each half of VLM4D, so that "real" or "synthetic" must become part of them."""
+    found = re.search(r"videos_(real|synthetic)/", row.get("video") or "")
+    found = found or re.search(r"(real|synthetic)_mc", f"{path.parent.name}/{path.name}")
+    if not found:
+        raise ValueError("neither its video nor the file's name (real_mc…, synthetic_mc…) says which half it is of")
+    return found[1]
+
+
+def read_vlm4d(path, place):
+    """VLM4D (ShijieZhou-UCLA/VLM4D, data/*_mc.json; its result files, too): `answer` is an option's text or number.
+
+    Categories are those of its acc_final_statistics.py.
+    """
+    for row in place(numbered(load(path))):
+        gold, half = text(row["answer"] if "answer" in row else row["ground_truth_answer"]), vlm4d_half(row, path)
+        options = [text(row["choices"][letter]) for letter in sorted(row["choices"])]
+        kind = "FP" if f"{gold.lower()} ".startswith("no ") else "directional"
+        if half == "real":
+            kind = "ego-centric" if int(row["id"].rpartition("_")[2]) > 922 else "exo-centric"
+        video = row["video"].rpartition("/main/")[2] if row.get("video") else None  # stored as a download address
+        chosen = multiple_choice(options, index_of(gold, options))
+        yield Sample(f"{half}_{row['id']}", video, text(row["question"]), category=f"{half} {kind}", **chosen)
+
+
+def read_video_holmes(path, place):
+    """Video-Holmes (TencentARC/Video-Holmes, *_Video-Holmes.json); question ids may start again with each film."""
+    for row in place(numbered(load(path))):
+        letters, name = sorted(row["Options"]), f"{row['video ID']}_{row['Question ID']}"
+        chosen = multiple_choice([row["Options"][k] for k in letters], index_of(row["Answer"].strip(), letters))
+        yield Sample(name, f"{row['video ID']}.mp4", text(row["Question"]), category=row["Question Type"], **chosen)
+
+
+LETTERS = list("ABCDEFGHIJ")
+ACTIVITYNET_TYPES = "motion,spatial relation,temporal relation,yes/no,color,object,location,number,other".split(",")
+TOT_QUESTION = "In which order do the two events of the video happen?"
+READERS = {  # name → read(path or paths, videos=".") -> list[Sample]
+    name: partial(read_files, samples_of)
+    for name, samples_of in {
+        "jsonl": read_records,
+        "nextqa": read_nextqa,
+        "nextqa-oe": read_nextqa_oe,
+        "activitynetqa": read_activitynetqa,
+        "clevrer": read_clevrer,
+        "vcr": read_vcr,
+        "tot": read_tot,
+        "vlm4d": read_vlm4d,
+        "video-holmes": read_video_holmes,
+    }.items()
+}
 
 
 def jsonl_rows(path):
