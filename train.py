@@ -96,7 +96,9 @@ class Settings:
     sam_weights: str | None = option("Its weights: .safetensors, or an official sam_vit_*.pth.")
     llm: str | None = option("The LLM: a directory, or a hub id.")
     init_from: str | None = option("Model directory whose fusion core stage 2 starts from (default: newest stage 1).")
-    data: list[str] | None = option("Files of records: .jsonl, .csv or .tar, see data.py.")
+    data: list[str] | None = option(
+        "Files of records: .jsonl, .csv or .tar, or BENCHMARK:FILE (nextqa:train.csv), see data.py."
+    )
     videos: str | None = option("Folder that the records' video names are relative to.")
     max_videos: int | None = option("Use the first so many videos of the data only.")
     features: str | None = option(
