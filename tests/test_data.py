@@ -36,7 +36,9 @@ ROOT = Path(__file__).resolve().parent.parent
 )
 def test_mistakes_are_one_line(command, says, tmp_path):
     command = [sys.executable, *command.split()]
-    command += ["--output_dir", str(tmp_path)] if "train.py" in command else []
+    if "train.py" in command:
+        command += ["--output_dir", str(tmp_path), "--videos", "toy/clips"]
+        command += [] if "--data" in command or "paper" in command else ["--data", "toy/clips/samples.jsonl"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     lines = [line for line in done.stderr.splitlines() if "Loading weights" not in line and "Warning" not in line]
     assert done.returncode == 2 and "Traceback" not in done.stderr
