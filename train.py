@@ -90,7 +90,7 @@ class Settings:
     stage: int = option("1: align the fusion core on captions; 2: instruction tuning with LoRA.", 1)
     preset: str = option("Model sizes, and this stage's defaults.", "toy", choices=list(PRESETS))
     # what is trained on what
-    model: str | None = option("Model directory whose config.json replaces the preset's sizes (toy: toy/weights).")
+    model: str | None = option("Directory of frozen parts; its config.json, if any, replaces the preset's sizes.")
     encoder_weights: str | None = option("Weights of the video transformer: .safetensors, or ViCLIP's .pth.")
     sam: str | None = option("Which Segment Anything: vit_b, vit_l, vit_h or toy.")
     sam_weights: str | None = option("Its weights: .safetensors, or an official sam_vit_*.pth.")
@@ -194,7 +194,8 @@ def complete(settings: Settings) -> Settings:
 def config_of(settings):
     """→ (Config, directory that its relative paths start at)"""
     directory = Path(settings.model or ".")
-    config = read_config(directory) if settings.model else PRESETS[settings.preset]
+    sized = settings.model and (not directory.is_dir() or (directory / "config.json").exists())
+    config = read_config(directory) if sized else PRESETS[settings.preset]
     given = {name: getattr(settings, name) for name in ("encoder_weights", "sam", "sam_weights", "llm")}
     here = lambda value: str(Path(value).resolve()) if Path(value).exists() else value
     return replace(config, **{name: here(value) for name, value in given.items() if value}), directory
