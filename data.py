@@ -1,6 +1,7 @@
 """Data: every dataset becomes the same record, frozen vision is computed once, step k's batch is a function of k.
 
     python data.py features --videos DIR --out DIR [--model DIR]      # every video's Z_vision, ready for any later run
+    python data.py instruct --videos DIR --teacher URL --model NAME --out FILE.jsonl      # Causal-Vid-Instruct
 
 Records come from
     *.jsonl   {"id", "video", "question", "answer"}; without "question" it is a caption (or "caption" stands in place of
@@ -23,22 +24,27 @@ import tarfile
 import tempfile
 import time
 import zlib
+from base64 import b64encode
 from collections import Counter, deque
-from concurrent.futures import TimeoutError
-from contextlib import contextmanager
+from concurrent.futures import FIRST_COMPLETED, TimeoutError, wait
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
-from pebble import ProcessExpired, ProcessPool
+from pebble import ProcessExpired, ProcessPool, ThreadPool, concurrent
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torchvision.io import encode_jpeg
 from tqdm import tqdm
 
 from vidreason import (
     CAPTION_PROMPT,
+    PREDICT_PROMPT,
+    REASON_PROMPT,
     Conversation,
     Features,
     VidReasonError,
@@ -48,6 +54,7 @@ from vidreason import (
     pack,
     perceive,
     read_config,
+    read_video,
 )
 
 ROOT = Path(__file__).resolve().parent
@@ -691,6 +698,201 @@ def write_familiar(cache, path, quantile=0.999):
     path.with_suffix(".partial").rename(path)
 
 
+# --------------------------------------------------------------------------- §4.1.2: Causal-Vid-Instruct, by a teacher
+
+TEACHER_PROMPT = (  # §4.1.2, word for word
+    "Observe the following video clip. First, provide a step-by-step causal explanation of the events. Second, predict "
+    "what is most likely to happen immediately after the clip ends."
+)
+REPLY_FORM = (  # ours. One event: infer.py --task predict finds its three by beams, each a whole answer
+    "The clip is given as {} frames in order, seen at {} seconds. Tell what happens in it, do not mention frames. "
+    'Reply with one JSON object alone: {{"explanation": ["...", "...", as many as it takes], "prediction": "..."}}. '
+    "Each step says in one sentence what happens and what causes it; the prediction is one sentence."
+)
+FRAME_SIDE, FRAME_TOKENS, TEXT_TOKENS, REPLY_TOKENS = 512, 300, 200, 250  # for the estimate: models count images unlike
+ASKS, STREAK = 3, 20  # replies of no use that a video may cost; videos in a row that may fail before the run stops
+STOPS = {  # what every call would meet: HTTP status → advice
+    401: "put a valid key into the environment variable that --api_key_env names",
+    402: "top up the account",
+    404: "check the model's name, and the address, which mostly ends in /v1",
+}
+
+
+class NoReply(Exception):
+    """This call has no answer, others may have one. refused: the model, or a filter before it, declined."""
+
+    def __init__(self, reason, refused=False, usage=(0, 0)):
+        super().__init__(" ".join(str(reason).split())[:300])
+        self.refused, self.usage = refused, usage
+
+
+@lru_cache(maxsize=4)  # one pool of connections for all threads
+def chat_client(**options):
+    import openai
+
+    return openai.OpenAI(**options)
+
+
+def chat(url, model, messages, key="none", timeout=120, tries=8, **options):
+    """One reply of an OpenAI-compatible endpoint → (text, (prompt tokens, reply tokens)); any thread may call it.
+
+    The client tries 408, 409, 429, 5xx, time-outs and broken connections again: after what Retry-After says (up to two
+    minutes), else with exponential back-off and jitter. VidReasonError: every call would meet that; NoReply: this has.
+    """
+    import openai  # here, because it takes a second that no other program owes
+
+    try:
+        url = url.removesuffix("/chat/completions")
+        client = chat_client(base_url=url, api_key=key, timeout=timeout, max_retries=tries - 1)
+        reply = client.chat.completions.create(model=model, messages=messages, **options)
+        choice, used = reply.choices[0], reply.usage
+        usage = (used.prompt_tokens or 0, used.completion_tokens or 0) if used else (0, 0)
+        text, refusal = choice.message.content or "", choice.message.refusal
+    except openai.APIConnectionError as error:
+        why = f"{type(error.__cause__).__name__} {error.__cause__}"  # names: the client's HTTP library has changed once
+        if why.startswith(("Connect", "Proxy", "UnsupportedProtocol")):
+            raise VidReasonError(f"cannot reach the endpoint: {why} ({url}): check it, and its server") from error
+        raise NoReply(f"no answer in {tries} tries of {timeout} s: {why}") from error
+    except openai.APIStatusError as error:
+        status = 402 if error.code == "insufficient_quota" else error.status_code  # which OpenAI calls 429
+        if status in STOPS:
+            raise VidReasonError(f"endpoint declines: {str(error)[:200]} ({url}, {model}): {STOPS[status]}") from error
+        raise NoReply(error, error.code in ("content_filter", "content_policy_violation")) from error
+    except (openai.OpenAIError, AttributeError, IndexError, TypeError, ValueError) as error:
+        raise NoReply(f"the answer is no chat completion: {error}") from error
+    if refusal or choice.finish_reason == "content_filter":
+        raise NoReply(refusal or "stopped by a content filter", True, usage)
+    return text, usage
+
+
+def show(path, frames):
+    """A clip as the teacher sees it (§4.1.2) → content of a chat message, or why the video cannot be read."""
+    torch.set_num_threads(1)
+    try:  # the middle of each of its equal parts; the centre square, for the student sees no more either
+        _, times, pictures = read_video(path, frames, 1, 16, FRAME_SIDE)
+    except VidReasonError as error:
+        return str(error)
+    text = f"{TEACHER_PROMPT}\n\n{REPLY_FORM.format(frames, ', '.join(f'{t:.1f}' for t in times.flatten().tolist()))}"
+    jpegs = (encode_jpeg(torch.from_numpy(picture).permute(2, 0, 1), quality=90).numpy() for picture in pictures)
+    urls = (f"data:image/jpeg;base64,{b64encode(jpeg).decode()}" for jpeg in jpegs)
+    return [{"type": "text", "text": text}, *({"type": "image_url", "image_url": {"url": url}} for url in urls)]
+
+
+def read_reply(text):
+    """The teacher's JSON → (numbered steps, prediction). ValueError says what is wrong with it, for the teacher too."""
+    text = text.rpartition("</think>")[2]
+    if not (found := re.search(r"\{.*\}", text, re.DOTALL)):
+        raise ValueError(f"no JSON object in {text[:80]!r}")
+    found = json.loads(found[0])
+    steps = found.get("explanation")
+    if not isinstance(steps, list) or not 2 <= len(steps) <= 20:
+        raise ValueError('"explanation" is not a list of 2 to 20 steps')
+    parts = [" ".join(part.split()) if isinstance(part, str) else "" for part in (*steps, found.get("prediction"))]
+    parts = [re.sub(r"^(step )?\d+[.:)] *", "", part, flags=re.IGNORECASE) for part in parts]
+    if not all(10 <= len(part) <= 600 for part in parts) or len(set(parts)) < len(parts):
+        raise ValueError("the steps and the prediction are not different sentences of 10 to 600 characters")
+    return "\n".join(f"{i}. {step}" for i, step in enumerate(parts[:-1], 1)), parts[-1]
+
+
+def ask_teacher(path, args, key, context, patience=300):
+    """→ ("done", (explanation, prediction)) or ("unreadable" | "refused" | "failed", reason), and the tokens it took"""
+    look = concurrent.process(timeout=patience, context=context)(show)  # some files hang or kill their decoder
+    content, spent = outcome_of(look(path, args.frames), path, patience), np.zeros(2)
+    if isinstance(content, str):
+        return "unreadable", content, spent
+    messages, why = [{"role": "user", "content": content}], ""
+    try:
+        for _ in range(ASKS):
+            text, usage = chat(args.teacher, args.model, messages, key, args.timeout, args.tries)
+            spent += usage
+            try:
+                return "done", read_reply(text), spent
+            except ValueError as error:
+                why = str(error)
+            again = f"This is of no use: {why}. Reply again, with the JSON object alone."
+            messages += [{"role": "assistant", "content": text or "?"}, {"role": "user", "content": again}]
+    except NoReply as error:
+        return "refused" if error.refused else "failed", str(error), spent + error.usage
+    return "failed", f"{ASKS} replies of no use, the last: {why}", spent
+
+
+def ask_about(names, args, key):
+    """Ask about --concurrency videos at a time → the name and outcome of each, in the order in which they end."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["vidreason", "openai"])  # imported once, not once per process
+    threads, running, names = ThreadPool(args.concurrency), {}, iter(names)
+    while True:
+        for name in islice(names, args.concurrency - len(running)):
+            running[threads.schedule(ask_teacher, (args.videos / name, args, key, context))] = name
+        if not running:
+            return
+        ended = wait(running, return_when=FIRST_COMPLETED).done
+        for future in sorted(ended, key=lambda f: f.exception() is not None):  # what was paid for comes first
+            yield running.pop(future), *future.result()
+
+
+def finished(out, head):
+    """Names of the videos whose two records stand in `out`; what a kill left of the last one's is cut off.
+
+    VidReasonError if a line begins otherwise than `head`: the file is not ours to cut.
+    """
+    names, end, position = set(), 0, 0
+    with open(out, "rb") as file:
+        for number, line in enumerate(file, 1):
+            position += len(line)
+            if not line.startswith(head[: len(line)]):
+                raise VidReasonError(f"records of another --model, --frames or origin ({out}, line {number}): move it")
+            if line.endswith(b"\n") and (row := json.loads(line))["id"].endswith("#predict"):
+                names.add(row["video"])
+                end = position
+    os.truncate(out, end)
+    return names
+
+
+def instruct(args, names):
+    """Causal-Vid-Instruct (§4.1.2): a teacher explains each video and predicts what follows, two records for stage 2.
+
+    Both are written at once, so that a killed run goes on without gap or double; what has failed is asked again, too.
+    """
+    # by hash: --max_videos takes a fair sample, and a larger number only adds to it
+    names = sorted(names, key=lambda name: hashlib.sha256(os.fsencode(name)).digest())[: args.max_videos]
+    key, price = os.environ.get(args.api_key_env, "").strip() or "none", np.array(args.price or (0, 0)) / 1e6
+    worth = lambda tokens: f"{sum(tokens) / 1e6:.3g} M tokens" + (f", ${tokens @ price:.2f}" if args.price else "")
+    origin, failures = {"teacher": args.model, "frames": args.frames}, args.out.with_suffix(".failed.jsonl")
+    kinds, spent, streak, found = Counter(), np.zeros(2), 0, ""
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    with open(args.out, "a") as file:
+        done = finished(args.out, json.dumps(origin)[:-1].encode())
+        todo = [name for name in names if name not in done]
+        guess = len(todo) * np.array([TEXT_TOKENS + FRAME_TOKENS * args.frames, REPLY_TOKENS])
+        known = len(names) - len(todo)
+        print(f"{known} videos are done, {len(todo)} to ask about: very roughly {worth(guess)}", flush=True)
+        if not todo:
+            return
+        with suppress(NoReply):  # a wrong address, key or model is told at once, not after all tries
+            chat(args.teacher, args.model, [{"role": "user", "content": "Say ok."}], key, args.timeout, 1)
+        with open(failures, "w") as report, tqdm(total=len(todo), desc="videos → records", unit="video") as bar:
+            for name, kind, found, tokens in ask_about(todo, args, key):
+                kinds[kind], spent = kinds[kind] + 1, spent + tokens
+                streak = {"failed": streak + 1, "unreadable": streak}.get(kind, 0)
+                if kind == "done":
+                    parts = zip(("explain", "predict"), (REASON_PROMPT, PREDICT_PROMPT), found, strict=True)
+                    rows = ({"id": f"{name}#{p}", "video": name, "question": q, "answer": a} for p, q, a in parts)
+                    file.write("".join(json.dumps({**origin, **row}) + "\n" for row in rows))
+                    file.flush()
+                    os.fsync(file.fileno())
+                else:
+                    print(json.dumps({"video": name, "kind": kind, "reason": found}), file=report, flush=True)
+                bar.update()
+                bar.set_postfix_str(f"{worth(spent)} of about {worth(spent / sum(kinds.values()) * len(todo))}")
+                if streak == STREAK:
+                    raise VidReasonError(f"{streak} videos failed in a row: {found} ({failures}): mend that and go on")
+    if not done and not kinds["done"]:
+        raise VidReasonError(f"no video gave records, for example: {found} ({failures}): see the reasons there")
+    told = ", ".join(f"{kinds[kind]} {kind}" for kind in ("done", "refused", "failed", "unreadable"))
+    print(f"{told} ({failures}), {worth(spent)}; {2 * (len(done) + kinds['done'])} records in all: {args.out}")
+
+
 def positive(text) -> int:
     """argparse type: an integer of at least 1."""
     if not text.isdecimal() or int(text) < 1:
@@ -736,11 +938,25 @@ def main():
         help="model directory whose encoder and SAM are used (default: the toy)",
     )
     p.add_argument("--processes", type=positive, default=os.cpu_count(), help="processes that work side by side")
+    p = sub.add_parser("instruct", help="Causal-Vid-Instruct: a teacher explains and predicts, records for stage 2")
+    p.add_argument("--videos", type=Path, required=True, help="folder of videos")
+    p.add_argument("--teacher", required=True, metavar="URL", help="OpenAI-compatible endpoint, such as http://…/v1")
+    p.add_argument("--model", required=True, help="the teacher's name there; it must take images")
+    p.add_argument("--out", type=Path, required=True, help="FILE.jsonl; failures are listed in FILE.failed.jsonl")
+    p.add_argument("--frames", type=positive, default=8, help="frames that the teacher sees of each video")
+    p.add_argument("--concurrency", type=positive, default=8, help="videos under way at a time")
+    p.add_argument("--max_videos", type=positive, help="a fair sample of so many; try a few before you pay for all")
+    p.add_argument("--price", type=float, nargs=2, metavar=("PROMPT", "REPLY"), help="dollars per million tokens")
+    p.add_argument("--timeout", type=positive, default=120, help="seconds that one try may take")
+    p.add_argument("--tries", type=positive, default=8, help="tries of a call that meets 429, 5xx or a time-out")
+    p.add_argument("--api_key_env", default="OPENAI_API_KEY", help="environment variable that holds the key")
     args = parser.parse_args()
-    videos = (p for p in args.videos.rglob("*") if p.suffix.lower() in (".mp4", ".webm", ".mkv", ".avi", ".mov"))
+    videos = (p for p in args.videos.rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES)
     names = sorted(str(p.relative_to(args.videos)) for p in videos)
     if not names:
         raise VidReasonError(f"no videos ({args.videos}): name a folder that holds some")
+    if args.command == "instruct":
+        return instruct(args, names)
     encode_videos(args.model, read_config(args.model), args.videos, names, args.out, args.processes)
     cache = FeatureCache(args.out)
     print(f"{len(cache.videos)} videos encoded, {len(cache.bad)} unreadable: {args.out}")
