@@ -23,6 +23,7 @@ import sys
 import tarfile
 import tempfile
 import time
+import warnings
 import zlib
 from base64 import b64encode
 from collections import Counter, deque
@@ -451,6 +452,12 @@ def open_tar(path):
     return tar, {member.name: member for member in tar}
 
 
+ORDERS = {  # what a control shows in place of n frames in their order: n indices
+    "shuffled": lambda n, name: np.random.default_rng(zlib.crc32(name.encode())).permutation(n),
+    "one frame": lambda n, name: np.full(n, n // 2),
+}
+
+
 def look_at(path, vision):
     """perceive() of a file, or of a member of a tar: x/shard.tar/key.mp4."""
     tar = next((parent for parent in path.parents if parent.suffix == ".tar" and parent.is_file()), None)
@@ -469,7 +476,15 @@ def look_at(path, vision):
             raise VidReasonError(str(error).replace(file.name, str(path))) from error
 
 
-def fingerprint(config, model_dir) -> dict:
+def sha256(path):
+    found = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 24):
+            found.update(block)
+    return found.hexdigest()
+
+
+def fingerprint(config, model_dir, order=None) -> dict:
     """What Z_vision depends on. Features with another fingerprint are stale and are refused."""
     settings = {
         k: v
@@ -479,12 +494,8 @@ def fingerprint(config, model_dir) -> dict:
     for part in ("encoder_weights", "sam_weights"):
         path = Path(model_dir, settings[part])
         if path.is_file():
-            found = hashlib.sha256()
-            with open(path, "rb") as file:
-                while block := file.read(1 << 24):
-                    found.update(block)
-            settings[part] = found.hexdigest()[:16]
-    return settings
+            settings[part] = sha256(path)[:16]
+    return {**settings, "order": order} if order else settings
 
 
 def write_json(path, value):
@@ -493,17 +504,18 @@ def write_json(path, value):
     aside.rename(path)
 
 
-def start_worker(config, model_dir, device):
-    global VISION  # one encoder and SAM per process, not per video
+def start_worker(config, model_dir, device, order):
+    global VISION, ORDER  # one encoder and SAM per process, not per video
     torch.set_num_threads(1)
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs
-    VISION = (*load_vision(config, model_dir, device), config)
+    VISION, ORDER = (*load_vision(config, model_dir, device), config), order
 
 
 def encode_one(path):
     """→ (z_vision (N_v, D_v) fp16, times, is_object) as arrays, or why the video cannot be read."""
     try:
-        found = look_at(path, VISION)
+        frames = VISION[-1].num_clips * VISION[-1].frames_per_clip
+        found = look_at(path, (*VISION, *([ORDERS[ORDER](frames, path.name)] if ORDER else [])))
     except VidReasonError as error:
         return str(error)
     return found.z_vision.half().cpu().numpy(), found.times.cpu().numpy(), found.is_object.cpu().numpy()
@@ -534,15 +546,27 @@ def write_shard(names, outcomes, path):
 
 
 def encode_videos(
-    model_dir, config, folder, names, out, processes=1, shard_size=100, rank=0, world=1, device="cpu", patience=300
+    model_dir,
+    config,
+    folder,
+    names,
+    out,
+    processes=1,
+    shard_size=100,
+    rank=0,
+    world=1,
+    device="cpu",
+    patience=300,
+    order=None,
 ):
     """Write Z_vision of every named video below `folder` to shards in `out`; of several ranks each does its part.
 
-    A killed run goes on where it stopped; a video that takes more than `patience` seconds counts as bad.
+    A killed run goes on where it stopped; a video that takes more than `patience` seconds counts as bad. `order`: one
+    of ORDERS, for a control.
     """
     out, folder = Path(out), Path(folder)
     out.mkdir(parents=True, exist_ok=True)
-    mark, print_ = out / "fingerprint.json", fingerprint(config, model_dir)
+    mark, print_ = out / "fingerprint.json", fingerprint(config, model_dir, order)
     if mark.exists() and json.loads(mark.read_text()) != print_:
         raise VidReasonError(
             f"features were made by another encoder, SAM or settings ({out}): give another --features folder"
@@ -560,10 +584,13 @@ def encode_videos(
         min(processes, len(names)),
         max_tasks=5000,  # decoders leak
         initializer=start_worker,
-        initargs=(config, model_dir, device),
+        initargs=(config, model_dir, device, order),
         context=multiprocessing.get_context("spawn"),
     )
-    waiting, bar = deque(), tqdm(total=len(names), desc="videos → Z_vision", disable=rank > 0)
+    waiting, bar = (
+        deque(),
+        tqdm(total=len(names), desc=f"videos → Z_vision{f', {order}' * bool(order)}", disable=rank > 0),
+    )
 
     def finish(number, group, futures):
         outcomes = []
@@ -734,7 +761,7 @@ def chat_client(**options):
 
 
 def chat(url, model, messages, key="none", timeout=120, tries=8, **options):
-    """One reply of an OpenAI-compatible endpoint → (text, (prompt tokens, reply tokens)); any thread may call it.
+    """One reply of an OpenAI-compatible endpoint → (text, (prompt tokens, reply tokens), the model that served it).
 
     The client tries 408, 409, 429, 5xx, time-outs and broken connections again: after what Retry-After says (up to two
     minutes), else with exponential back-off and jitter. VidReasonError: every call would meet that; NoReply: this has.
@@ -747,7 +774,7 @@ def chat(url, model, messages, key="none", timeout=120, tries=8, **options):
         reply = client.chat.completions.create(model=model, messages=messages, **options)
         choice, used = reply.choices[0], reply.usage
         usage = (used.prompt_tokens or 0, used.completion_tokens or 0) if used else (0, 0)
-        text, refusal = choice.message.content or "", choice.message.refusal
+        text, refusal, served_by = choice.message.content or "", choice.message.refusal, reply.model
     except openai.APIConnectionError as error:
         why = f"{type(error.__cause__).__name__} {error.__cause__}"  # names: the client's HTTP library has changed once
         if why.startswith(("Connect", "Proxy", "UnsupportedProtocol")):
@@ -762,7 +789,7 @@ def chat(url, model, messages, key="none", timeout=120, tries=8, **options):
         raise NoReply(f"the answer is no chat completion: {error}") from error
     if refusal or choice.finish_reason == "content_filter":
         raise NoReply(refusal or "stopped by a content filter", True, usage)
-    return text, usage
+    return text, usage, served_by
 
 
 def show(path, frames):
@@ -803,7 +830,7 @@ def ask_teacher(path, args, key, context, patience=300):
     messages, why = [{"role": "user", "content": content}], ""
     try:
         for _ in range(ASKS):
-            text, usage = chat(args.teacher, args.model, messages, key, args.timeout, args.tries)
+            text, usage, _ = chat(args.teacher, args.model, messages, key, args.timeout, args.tries)
             spent += usage
             try:
                 return "done", read_reply(text), spent
@@ -909,13 +936,14 @@ class Parser(argparse.ArgumentParser):
 
 def guarded(main):
     """Run a program; a mistake of the user is one line on stderr and exit code 2."""
+    warnings.filterwarnings("ignore", category=FutureWarning)  # libraries' advice to programmers, not to users
     try:
         main()
         return
     except OSError as error:
         message = f"{error.strerror} ({error.filename}): check the path"
     except torch.OutOfMemoryError as error:
-        message = f"out of GPU memory: {str(error)[:80]} (GPU): lower --micro_batch, or give --checkpointing"
+        message = f"out of GPU memory: {str(error)[:80]} (GPU): lower --batch or --micro_batch, or give --checkpointing"
     except VidReasonError as error:
         message = str(error)
     except KeyboardInterrupt:

@@ -91,15 +91,17 @@ PRESETS = {
 
 
 # ------------------------------------------------------------------------------------------- §3.1.1 video -> clips
-def read_video(path, num_clips, frames_per_clip, image_size, keyframe_size=512):
+def read_video(path, num_clips, frames_per_clip, image_size, keyframe_size=512, order=slice(None)):
     """Cut a video into N_t equal spans and take the frames shown at the centres of the F equal parts of each (§3.1.1).
     -> frames uint8 (N_t, F, 3, image_size, image_size); times float32 (N_t, F), seconds since the first frame by the
     file's own timestamps, which a variable frame rate needs; keyframes: the middle frame (index F // 2) of each clip,
     uint8 array (S, S, 3), S <= keyframe_size. Both show the centre square of the picture, so a mask of one fits the
-    patches of the other. A video of few frames repeats them. Raises VidReasonError for a file that is missing, empty,
-    truncated, not a video or without picture."""
+    patches of the other. A video of few frames repeats them. order: N_t * F indices, which of these frames to show in
+    whose place (for controls: shuffled, one frame for all); times stay. Raises VidReasonError for a file that is
+    missing, empty, truncated, not a video or without picture."""
     promised = check_video(path)
     which, times, pictures = _decode(path, promised, num_clips * frames_per_clip)
+    which = which[order]
     tensors = (torch.from_numpy(np.ascontiguousarray(picture)).permute(2, 0, 1) for picture in pictures)
     squares = [center_crop(picture, min(picture.shape[1:])) for picture in tensors]
     frames = torch.stack([_resize(square, image_size) for square in squares])[which]
@@ -495,10 +497,10 @@ def collate_features(features):
 
 
 @torch.no_grad()
-def perceive(video, encoder, sam, config):
+def perceive(video, encoder, sam, config, order=slice(None)):
     """§3.1: a video file -> Features. SAM makes it slow: trainers and evaluations keep what it returns."""
     c, middle, device = config, config.frames_per_clip // 2, encoder.conv1.weight.device
-    frames, times, keyframes = read_video(video, c.num_clips, c.frames_per_clip, c.image_size, c.keyframe_size)
+    frames, times, keyframes = read_video(video, c.num_clips, c.frames_per_clip, c.image_size, c.keyframe_size, order)
     z_global, patches = encoder(frames.to(device) / 255)  # Eq. 1: (N_t, D_v), (N_t, F // tubelet, P, D_v)
     masks = [segment(keyframe, sam, config) for keyframe in keyframes]
     z_obj = [mask_pool(p[middle // c.tubelet], m) for p, m in zip(patches, masks, strict=True)]  # Eq. 2
@@ -571,8 +573,10 @@ class VidReason(nn.Module):
 
     @torch.no_grad()
     def option_logprobs(self, features, prompt, options):
-        """Sum of log P of each option as answer, its end included -> (len(options),). features None: asked blind."""
-        conversation = Conversation([encode_pair(self.tokenizer, prompt, option) for option in options])
+        """Sum of log P of each option as answer, its end included -> (len(options),). features None: asked blind.
+        Prompt and E_vision are read once for all options, which do not see each other."""
+        pairs = [encode_pair(self.tokenizer, prompt, option) for option in options]
+        conversation = Conversation([([], target) for _, target in pairs], context=pairs[0][0])
         packed = pack([conversation], 0 if features is None else self.config.num_queries).to(self.device)
         logprobs = target_logprobs(self.llm, packed, None if features is None else self.fuse([features]))
         return logprobs.new_zeros(len(options)).index_add(0, packed.owner, logprobs)

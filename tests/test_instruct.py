@@ -362,11 +362,11 @@ def test_max_videos_only_adds(teacher, tmp_path, monkeypatch, capsys):
 
 
 def test_chat_alone(teacher):
-    """What a judge needs: text in, (text, usage) out, options passed on."""
+    """What a judge needs: text in, (text, usage, model) out, options passed on."""
     server = teacher()
     server.greeting = say("7")
     messages = [{"role": "user", "content": "?"}]
-    assert data.chat(server.url + "/chat/completions", "m", messages, temperature=0) == ("7", (1000, 100))
+    assert data.chat(server.url + "/chat/completions", "m", messages, temperature=0)[:2] == ("7", (1000, 100))
     assert server.last == {"model": "m", "messages": messages, "temperature": 0}
     server.greeting = say("7", refusal="no")
     with pytest.raises(data.NoReply, match="no") as caught:

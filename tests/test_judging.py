@@ -1,0 +1,416 @@
+"""Replies are read as people read them; metrics equal hand computations; judges and rankers can be checked."""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_data import ROOT
+
+import evaluate
+from evaluate import extract_choice
+from vidreason import VidReasonError
+
+REPLIES = Path(__file__).parent / "fixtures" / "vlm4d_replies.jsonl"
+OPTIONS = ["left", "right", "not moving", "no man there"]
+
+
+# --------------------------------------------------------------------------- multiple-choice replies
+
+
+def test_extractor_agrees_with_people():
+    """285 of the 81 720 judged replies of VLM4D. On all of them: 98.6 % decided, 99.91 % of those as people did."""
+    rows = [json.loads(line) for line in REPLIES.read_text().splitlines()]
+    chosen = [(extract_choice(r["reply"], r["options"]), r) for r in rows]
+    decided = [(str(r["options"][i]) == str(r["truth"])) == r["correct"] for i, r in chosen if i is not None]
+    assert len(rows) == 285 and len(decided) >= 0.95 * len(rows) and sum(decided) >= 0.99 * len(decided)
+    assert not any(r["correct"] for i, r in chosen if i is None and len(r["reply"]) < 20)  # a short reply is not lost
+
+
+@pytest.mark.parametrize(
+    "reply, choice",
+    [
+        ("The answer is (B)", 1),
+        ("Final answer: b", 1),
+        (r"so \boxed{C}", 2),
+        (r"$\boxed{\text{C}}$", 2),
+        (r"The final answer is: $\mathbf{A}$.", 0),
+        ("The answer is most likely option C.", 2),
+        ("The correct option is A's neighbour", None),
+        ('{"answer": "D"}', 3),
+        ('{"answer": "right"}', 1),
+        ("<think>the answer is A</think>\n<answer>B</answer>", 1),
+        ("<think>so the answer is A", None),  # cut off while it thought
+        ("The answer is A. Wait: the answer is B.", 1),  # the last one wins
+        ("The answer is A, which is left. That answer is consistent.", 0),
+        ("Therefore, the final answer is: $B$", 1),
+        ("The answer, therefore, is: A.", 0),
+        ("The answer is A because he goes left and not right", 0),
+        ("The best option is: **Right**", 1),
+        ("A", 0),
+        ("(b)", 1),
+        ("**B**", 1),
+        ("Some thoughts.\n\nB", 1),
+        ("B: right", 1),
+        ("B. A man turns", 1),
+        ("A - left", 0),
+        ("A man walks left", 0),  # by its text
+        ("A man walks", None),
+        ("Based on the video", None),
+        ("Answer: A man walks right.", 1),
+        ("Left is where the dog stays. The answer is that he goes right.", 1),  # the sentence that answers decides
+        ("The answer is a man", None),
+        ("the answer is e.g. left", 0),
+        ("I", None),
+        ("Answer: E", None),
+        ("Therefore, the final answer is: $LETTER", None),
+        ("If he turns, the answer is A. The final answer is: unknown", None),
+        ("A or B", None),
+        ("Answer: A or B", None),
+        ("Answer: C\nD", None),
+        ("A: left\nB: right\nC: not moving", None),  # the list
+        ("B: left", None),  # contradicts itself
+        ("not B", None),
+        ("The answer is not (B)", None),
+        ("not left", None),
+        ("it isn't moving left", None),
+        ("he is not moving", 2),
+        ("left or right", None),
+        ("He comes from the left. Therefore, he moves to the right.", 1),
+        ("He comes from the left. Therefore, he moves on. Right?", 1),
+        ("He goes left, then right.", None),
+        ("It is impossible to say if he turns left.", None),
+        ("", None),
+    ],
+)
+def test_extractor(reply, choice):
+    assert extract_choice(reply, OPTIONS) == choice
+
+
+@pytest.mark.parametrize(
+    "reply, options, choice",
+    [
+        ("the answer is A man", ["a dog", "A man", "x"], 1),
+        ("It shows a red ball.", ["ball", "red ball", "blue ball"], 1),
+        ("two", ["two", "two", "three"], 0),  # equal options: the first
+        ("2", [1, 2, 3], 1),  # JSON ints
+        ('{"answer": 2}', [1, 2, 3], 1),
+        ("1", [1, -1], None),  # punctuation alone tells them apart
+        ("2-4-5-1-3", ["2-4-5-3-1", "2-4-5-1-3"], 1),
+        ("e", ["a", "b", "c", "d", "e"], 4),
+        ("The answer is", ["", "bad"], None),
+        ("The answer is a", ["x", "a"], 0),  # a letter first, but:
+        ("The answer is A dog", ["it", "a cat", "A dog", "A dog"], 2),
+    ],
+)
+def test_extractor_with_awkward_options(reply, options, choice):
+    assert extract_choice(reply, options) == choice
+
+
+@pytest.mark.parametrize("reply", ["\n", "the answer is ", "A ", "(", "not left ", "is A or "])
+def test_extractor_survives_degenerate_replies(reply):
+    start = time.perf_counter()
+    extract_choice(reply * (50000 // len(reply)), OPTIONS)
+    assert time.perf_counter() - start < 5
+
+
+# --------------------------------------------------------------------------- open-ended answers
+
+
+def test_open_ended_by_hand(monkeypatch):
+    pytest.importorskip("sacrebleu")
+    for name in ("pycocoevalcap.cider.cider", "pycocoevalcap.meteor.meteor", "bert_score"):
+        monkeypatch.setitem(sys.modules, name, None)
+    found = evaluate.open_ended(["On the mat sat the cat!", "A dog"], ["the cat sat on the mat", ["a dog", "one dog"]])
+    # 8 of 8 words; of 5 + 1 pairs "on the", "the mat", "the cat" and "a dog"; of 4 triples "on the mat"; no 4 in a row
+    assert found["BLEU-1"] == 1 and found["BLEU-2"] == round((4 / 6) ** 0.5, 4)
+    assert found["BLEU-3"] == round((4 / 6 * 1 / 4) ** (1 / 3), 4) and found["BLEU-4"] == 0
+    assert found["ROUGE-L"] == round((3 / 6 + 1) / 2, 4)  # "on the mat" of 6; all
+    assert found["exact"] == 0 and found["normalised"] == 0.5 and found["n"] == 2
+    assert found["CIDEr"] is None and "ROUGE-L" not in found["missing"]
+    short = evaluate.bleu_rouge(["a b"], [["a b c d", "x"]])  # the nearer reference is x
+    assert short["BLEU-1"] == pytest.approx(1) and short["ROUGE-L"] == pytest.approx(2 * 2 / (2 + 4))
+    assert evaluate.bleu_rouge(["a b"], [["a b c d"]])["BLEU-1"] == pytest.approx(np.exp(1 - 4 / 2))
+    assert evaluate.bleu_rouge(["шар"], [["шар"]])["ROUGE-L"] == 1
+
+
+def test_cider_by_hand():
+    pytest.importorskip("pycocoevalcap")
+    found = evaluate.coco("CIDEr", ["red ball", "", "blue egg"], [["red ball"], ["green box"], ["blue egg rolls"]])
+    # idf log 3 throughout. First: 1- and 2-grams equal, no longer ones: (1 + 1 + 0 + 0) / 4 · 10. Second: nothing.
+    # Third: cosines 2/√6 and 1/√2, one bigram fewer: the Gaussian of width 6.
+    third = (2 / 6**0.5 + 1 / 2**0.5) / 4 * 10 * np.exp(-1 / 72)
+    assert found["CIDEr"] == pytest.approx((5 + 0 + third) / 3)
+    with pytest.raises(ImportError, match="two questions"):
+        evaluate.coco("CIDEr", ["red"], [["red"]])
+
+
+@pytest.mark.skipif(not shutil.which("java"), reason="METEOR is a Java program")
+def test_meteor_by_hand():
+    pytest.importorskip("pycocoevalcap")
+    found = evaluate.coco("METEOR", ["blue egg qqq"], [["green box", "blue egg zzz"]])
+    # P = R = 2/3 with the better reference; two matches in one chunk: METEOR 1.5's penalty 0.6 · (1/2)^0.2
+    assert found["METEOR"] == pytest.approx(2 / 3 * (1 - 0.6 * 0.5**0.2))
+
+
+def test_bertscore(tmp_path):
+    """A random BERT of two layers stands in for roberta-large, which only a download brings."""
+    pytest.importorskip("bert_score")
+    import torch
+    from transformers import BertConfig, BertModel, BertTokenizer
+
+    vocabulary = "[PAD] [UNK] [CLS] [SEP] [MASK] the cat sat on mat a dog runs".split()
+    (tmp_path / "vocab.txt").write_text("\n".join(vocabulary))
+    BertTokenizer(str(tmp_path / "vocab.txt"), model_max_length=64).save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    BertModel(BertConfig(vocab_size=len(vocabulary), **shape)).save_pretrained(tmp_path)
+    score = lambda said, truths: float(evaluate.bertscore(tmp_path, said, truths)["BERTScore"])
+    assert score(["the cat sat"], [["the cat sat"]]) == pytest.approx(1)
+    assert 0 < score(["the cat sat"], [["a dog runs on"]]) < 0.99
+    # the best of two references; nothing is 0
+    assert score(["the cat sat", " "], [["a dog runs on", "the cat sat"], ["a dog"]]) == pytest.approx(0.5)
+    with pytest.raises(ImportError, match="--bert_model"):
+        evaluate.bertscore(tmp_path / "nowhere", ["a"], [["b"]])
+
+
+def test_missing_libraries_are_named(monkeypatch):
+    for name in ("sacrebleu.metrics", "pycocoevalcap.cider.cider", "pycocoevalcap.meteor.meteor", "bert_score"):
+        monkeypatch.setitem(sys.modules, name, None)
+    found = evaluate.open_ended(["The cat.", "a dog"], ["cat", "a dog"])
+    assert (found["exact"], found["normalised"]) == (0.5, 1)
+    assert found["BLEU-4"] is found["METEOR"] is found["CIDEr"] is found["BERTScore"] is None
+    assert found["missing"]["CIDEr"] == "CIDEr: pip install pycocoevalcap"
+    assert "sacrebleu" in found["missing"]["ROUGE-L"] and "bert-score" in found["missing"]["BERTScore"]
+    with pytest.raises(VidReasonError, match="needs a reference"):
+        evaluate.open_ended(["a"], [])
+
+
+# --------------------------------------------------------------------------- an LLM as the judge
+
+SERVER = """
+import json, re, sys, time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+asked = {}
+GOOD = {"factual_grounding": 7, "logical_coherence": 8, "insightfulness": 3}
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    def log_message(self, *args): pass
+    def send(self, code, body, **headers):
+        body = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.send_response(code)
+        for k, v in {"content-type": "application/json", "content-length": len(body), **headers}.items():
+            self.send_header(k, str(v))
+        self.end_headers()
+        self.wfile.write(body)
+    def do_GET(self): self.send(200, asked)
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        assert self.path == "/v1/chat/completions" and body["temperature"] == 0
+        prompt = body["messages"][0]["content"]
+        case = re.search("Response: ([^ \\\\n]*)", prompt)[1]
+        n = asked[case] = asked.get(case, 0) + 1
+        say = lambda text: self.send(200, {"id": "1", "object": "chat.completion", "created": 0,
+            "model": body["model"] + "-dated", "choices": [{"index": 0, "finish_reason": "stop",
+            "message": {"role": "assistant", "content": text}}]})
+        good = "```json\\n" + json.dumps(GOOD) + "\\n```"
+        later = {"retry-after": "0.01"}
+        if case == "busy" and n < 3: return self.send(429, {"error": {"message": "slow down"}}, **later)
+        if case == "broken" and n < 2: return self.send(500, b"oops")
+        if case == "slow" and n < 2 or case == "hang": time.sleep(2.5)
+        if case == "always-busy": return self.send(429, {"error": {"message": "slow down"}}, **later)
+        if case == "refused": return self.send(401, {"error": {"message": "bad key"}})
+        if case == "too-long": return self.send(400, {"error": {"message": "too long"}})
+        if case == "garbage": return self.send(200, b"<html>no")
+        if case == "empty": return self.send(200, {"choices": []})
+        if case == "null": return say(None)
+        if case == "words": return say("I would give it a 7.")
+        if case == "eleven": return say(json.dumps({**GOOD, "insightfulness": 11}))
+        if case == "half": return say(json.dumps({**GOOD, "insightfulness": 7.5}))
+        if case == "lacking": return say(json.dumps({"factual_grounding": 7}))
+        if case == "second-try" and n < 2: return say("hm")
+        if case == "best": return say(json.dumps(dict.fromkeys(GOOD, 10)))
+        say(good)
+server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+print(server.server_port, flush=True)
+server.serve_forever()
+"""
+
+
+@pytest.fixture
+def server():
+    """Another process that speaks the chat-completions protocol; the first word of the response says how it behaves."""
+    process = subprocess.Popen([sys.executable, "-c", SERVER], stdout=subprocess.PIPE, text=True)
+    yield f"http://127.0.0.1:{int(process.stdout.readline())}/v1"
+    process.kill()
+    process.wait()
+
+
+def asked(url):
+    return json.loads(urllib.request.urlopen(url).read())
+
+
+def judged(url, cache, *cases, **options):
+    items = [{"id": c, "question": "why {x}?", "reference": "it fell", "answer": c} for c in cases]
+    return evaluate.judge(items, url, "some-model", cache, timeout=1.5, tries=3, **options)
+
+
+def test_judge_scores_and_reruns_for_nothing(server, tmp_path):
+    cases = ("plain", "best", "busy", "broken", "slow", "second-try")
+    found = judged(server, tmp_path, *cases)
+    assert found["n"] == 6 and not found["failed"] and found["served_by"] == ["some-model-dated"]
+    assert found["factual_grounding"] == round((5 * 7 + 10) / 6, 3) and found["insightfulness"] == round(25 / 6, 3)
+    assert found["verdicts"]["best"]["logical_coherence"] == 10
+    before = asked(server)
+    assert before["busy"] == 3 and before["broken"] == before["slow"] == before["second-try"] == 2
+    assert judged(server, tmp_path, *cases) == found and asked(server) == before
+    judged(server, tmp_path, "plain", "new")
+    assert asked(server) == {**before, "new": 1}
+    kept = [json.loads(p.read_text()) for p in tmp_path.glob("*.json")]
+    assert len(kept) == 7 and all(k["model"] == "some-model" and "why {x}?" in k["prompt"] for k in kept)
+    twins = [{"id": i, "question": "?", "reference": "", "answer": "twin"} for i in (1, 2)]
+    assert evaluate.judge(twins, server, "some-model", tmp_path)["n"] == 2 and asked(server)["twin"] == 1
+    evaluate.judge(twins, server, "other-model", tmp_path)  # a verdict belongs to its judge
+    assert asked(server)["twin"] == 2
+
+
+def test_judge_lists_failures_and_never_scores_them(server, tmp_path):
+    bad = ["hang", "always-busy", "too-long", "empty", "null", "words", "eleven", "half", "lacking", "garbage"]
+    found = judged(server, tmp_path, *bad, "best")
+    assert sorted(found["failed"]) == sorted(bad) and found["n"] == 1 and found["factual_grounding"] == 10
+    assert "Timeout" in found["failed"]["hang"] and "429" in found["failed"]["always-busy"]
+    assert "1 to 10" in found["failed"]["eleven"] and found["failed"]["words"].startswith("malformed")
+    assert len([*tmp_path.glob("*.json")]) == 1  # what is no score is not kept either
+    counts = asked(server)
+    assert counts["hang"] == counts["always-busy"] == counts["words"] == 3 and counts["too-long"] == 1  # bounded
+    assert judged(server, tmp_path, "words")["factual_grounding"] is None
+
+
+def test_judge_that_cannot_work_says_so(server, tmp_path):
+    with pytest.raises(VidReasonError, match="bad key"):
+        judged(server, tmp_path, "refused")
+    with pytest.raises(VidReasonError, match="cannot reach the endpoint"):
+        judged("http://127.0.0.1:9/v1", tmp_path, "plain")
+    with pytest.raises(VidReasonError, match="two with one id"):
+        judged(server, tmp_path, "plain", "plain")
+
+
+def test_judge_prompt_has_the_papers_axes():
+    prompt = evaluate.judge_prompt("why?", "it {fell}", "it flew")
+    for text in ("Factual Grounding", "Logical Coherence", "Insightfulness"):
+        assert text.lower().replace(" ", "_") in prompt
+    assert "1 to 10" in prompt.replace("\n", " ") and "it {fell}" in prompt and "it flew" in prompt
+
+
+# --------------------------------------------------------------------------- people as the judges
+
+
+def sheet_of(folder, **options):
+    clip = ROOT / "toy" / "clips" / "red-pin-stops-10.mp4"
+    questions = [{"id": f"secret-{i}", "question": f"why <{i}>?", "video": clip} for i in range(12)]
+    answers = {f"model-{m}": {q["id"]: f"{m} says {q['id'][-1]}" for q in questions} for m in "xyz"}
+    evaluate.human_sheet(questions, answers, folder, **options)
+    return (folder / "index.html").read_text(), json.loads((folder / "key.json").read_text())
+
+
+def test_human_sheet_is_blind_random_and_seeded(tmp_path):
+    page, key = sheet_of(tmp_path / "a")
+    assert "model-" not in page and "secret" not in page and page.count("data:video/mp4;base64,") == 12
+    assert "why &lt;3&gt;?" in page and not (tmp_path / "a" / "clips").exists()
+    orders = {tuple(q["models"].values()) for q in key["questions"].values()}
+    assert len(orders) > 2 and all(sorted(o) == ["model-x", "model-y", "model-z"] for o in orders)
+    for name, q in key["questions"].items():  # each letter stands beside its model's answer
+        for letter, model in q["models"].items():
+            line = page.split(f'data-q="{name}" data-letter="{letter}">')[1].split("</label>")[1]
+            assert line.startswith(f"<b>{letter}</b> {model[-1]} says {q['id'][-1]}<")
+    assert sheet_of(tmp_path / "b") == (page, key) and sheet_of(tmp_path / "c", seed=1)[1] != key
+    assert len(sheet_of(tmp_path / "d", count=5)[1]["questions"]) == 5
+    page, _ = sheet_of(tmp_path / "e", embed=1000)
+    assert 'src="clips/q1.mp4"' in page and (tmp_path / "e" / "clips" / "q12.mp4").exists()
+
+
+def test_rankings_become_wins_and_losses(tmp_path):
+    _, key = sheet_of(tmp_path)
+    rank = {"model-x": 1, "model-y": 3, "model-z": 3}
+
+    def fill(name, ranks_of, **changes):
+        ranks = {q: {x: ranks_of(i, m) for x, m in found["models"].items()}
+                 for i, (q, found) in enumerate(key["questions"].items())}  # fmt: skip
+        path = tmp_path / name
+        path.write_text(json.dumps({"sheet": key["sheet"], "annotator": name, "ranks": ranks, **changes}))
+        return path
+
+    plain = fill("plain", lambda i, m: rank[m])
+    xy, xz, yz = evaluate.read_rankings(tmp_path / "key.json", [plain])
+    assert (xy["model"], xy["against"], xy["win"], xy["n"]) == ("model-x", "model-y", 1, 12)
+    assert xz["win"] == 1 and xy["p"] == 2 / 2**12
+    assert (yz["win"], yz["tie"], yz["loss"], yz["p"]) == (0, 1, 0, 1)
+    # two of three rank y just above x in the first nine questions: the majority counts, not by how much
+    other = [fill(f"{k}", lambda i, m: 1 if (m == "model-y") == (i < 9) else 2) for k in range(2)]
+    xy = evaluate.read_rankings(tmp_path / "key.json", [plain, *other])[0]
+    assert (xy["win"], xy["loss"], xy["n"]) == (0.25, 0.75, 12) and xy["p"] == evaluate.sign_test(3, 9)
+    half = fill("half", lambda i, m: 1, ranks={"q1": {"A": 1, "B": 2}})  # unfinished counts as far as it goes
+    assert [r["n"] for r in evaluate.read_rankings(tmp_path / "key.json", [half])] == [1]
+    for changes, says in (({"sheet": "x"}, "another sheet"), ({"ranks": {"q99": {"A": 1}}}, "filled-in")):
+        with pytest.raises(VidReasonError, match=says):
+            evaluate.read_rankings(tmp_path / "key.json", [fill("bad", lambda i, m: 1, **changes)])
+
+
+def test_sign_test():
+    assert evaluate.sign_test(0, 0) == 1 and evaluate.sign_test(3, 3) == 1
+    assert evaluate.sign_test(1, 8) == evaluate.sign_test(8, 1) == 2 * (1 + 9) / 2**9
+    assert evaluate.sign_test(10000, 10400) == pytest.approx(0.00520, abs=2e-5)  # normal: z = 399 / √20400
+
+
+# --------------------------------------------------------------------------- comparing result files
+
+
+def result_file(path, right, **changes):
+    same = {"options": None, "gold": "t", **changes}
+    items = [
+        {"id": str(i), "video": f"v{i // 4}", "type": "ab"[i % 2], "question": f"q{i}", "correct": bool(r), **same}
+        for i, r in enumerate(right)
+    ]
+    path.write_text(json.dumps({"summary": {}, "items": items}))
+    return path
+
+
+def test_compare(tmp_path, capsys):
+    right = np.random.default_rng(0).random((2, 400)) < [[0.5], [0.6]]
+    a, b = (result_file(tmp_path / name, r) for name, r in zip("ab", right, strict=True))
+    found = evaluate.compare(a, b)
+    only_a, only_b = int((right[0] & ~right[1]).sum()), int((~right[0] & right[1]).sum())
+    assert (found["only_first_right"], found["only_second_right"]) == (only_a, only_b) and found["n"] == 400
+    assert found["difference"] == pytest.approx((only_b - only_a) / 400) and found["accuracy"][0] == right[0].mean()
+    assert found["interval"][0] < found["difference"] < found["interval"][1]
+    assert found["p"] == evaluate.sign_test(only_a, only_b) and found["by_type"]["a"]["n"] == 200
+    back = evaluate.compare(b, a)
+    assert back["difference"] == -found["difference"] and back["p"] == found["p"]
+    same = evaluate.compare(a, a)
+    assert same["difference"] == 0 and same["interval"] == [0, 0] and same["p"] == 1
+    evaluate.print_comparison(found)
+    assert f"{found['difference']:+.3f}" in capsys.readouterr().out
+    # where all questions about a video go alike there are fewer facts, so the interval is wider
+    whole = result_file(tmp_path / "whole", np.repeat(right[1, :100], 4))
+    none = result_file(tmp_path / "none", np.zeros(400))
+    once = result_file(tmp_path / "once", np.tile(right[1, :100], 4))
+    width = lambda path: np.ptp(evaluate.compare(none, path)["interval"])
+    assert width(whole) > 1.5 * width(once)
+
+
+def test_compare_refuses_other_questions(tmp_path):
+    a = result_file(tmp_path / "a", [1, 0, 1])
+    other = ({"question": "else"}, {"options": ["a"]}, {"gold": "u"}, {"video": "v9"})
+    for right, changes in (([1, 0, 1, 1], {}), ([1, 0], {}), *(([1, 0, 1], changes) for changes in other)):
+        with pytest.raises(VidReasonError, match="questions differ"):
+            evaluate.compare(a, result_file(tmp_path / "b", right, **changes))
+    with pytest.raises(VidReasonError, match="two with one id"):
+        evaluate.compare(a, result_file(tmp_path / "twice", [1, 0, 1], id="1"))
+    (tmp_path / "text").write_text("{}")
+    with pytest.raises(VidReasonError, match="no result file"):
+        evaluate.compare(a, tmp_path / "text")
