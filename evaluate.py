@@ -47,6 +47,7 @@ from data import (
     LETTERS,
     ORDERS,
     READERS,
+    ROOT,
     TOY_MODEL,
     FeatureCache,
     NoReply,
@@ -1052,6 +1053,8 @@ def parse():
     toy.add_argument("--clips", type=positive, default=200, help="a fifth more show held-out pairs (default 200)")
     toy.add_argument("--split", choices=["val", "test"], default="test", help="val for choosing (default test)")
     toy.add_argument("--ablations", action="store_true", help="retrain and score the recipe without each of its parts")
+    toy.add_argument("--seeds", type=positive, default=3, help="runs of each variant (--ablations, default 3)")
+    toy.add_argument("--runs", type=Path, default=ROOT / "runs" / "ablations", help="where they lie (--ablations)")
     toy.set_defaults(limit=None)
     for name in READERS:
         one = kinds.add_parser(name, parents=[common], help=READERS[name].args[0].__doc__.split("\n")[0])

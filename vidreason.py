@@ -257,7 +257,8 @@ def segment(keyframe, sam, config):
     keyframe uint8 array (H, W, 3) RGB -> masks bool (K', H, W) on the CPU, 0 <= K' <= K; a flat picture has none."""
     thresholds = {"pred_iou_thresh": config.sam_iou_threshold, "stability_score_thresh": config.sam_stability_threshold}
     generator = mask_generator(sam, config.points_per_side, **thresholds)
-    found = [mask for mask in generator.generate(keyframe) if mask["area"] > 0]
+    found = generator.generate(keyframe) if config.masks_per_keyframe else []
+    found = [mask for mask in found if mask["area"] > 0]
     found.sort(key=lambda mask: (-mask["stability_score"] * mask["predicted_iou"], -mask["area"]))
     best = [torch.from_numpy(mask["segmentation"]) for mask in found[: config.masks_per_keyframe]]
     return torch.stack(best) if best else torch.zeros(0, *keyframe.shape[:2], dtype=torch.bool)
@@ -346,6 +347,8 @@ class FusionCore(nn.Module):
         if self.time_embedding:
             z = z + time_embedding(times, z.shape[-1]).to(z.dtype)
         queries, all_weights = self.queries.expand(len(z), -1, -1), []
+        if not self.layers:  # the paper's ablation "w/o fusion core": the mean of Z_vision and a linear projection
+            queries = (z * key_mask[..., None]).sum(1, keepdim=True) / key_mask.sum(1)[:, None, None]
         for layer in self.layers:
             queries, weights = layer(queries, z, key_mask, return_weights)
             all_weights.append(weights)

@@ -184,7 +184,8 @@ def test_clevrer_descriptive_questions_and_the_host_s_layout(tmp_path):
     assert count.video == "video_10000-11000/video_10007.mp4" and (count.answer, count.options) == ("2", None)
     assert following.options == ["c0", "c1"] and following.truths == (True, False)
     summary, _ = score("clevrer", samples, {"10007_0": "2", "10007_1": ["correct", "correct"]})
-    assert percent(summary)["descriptive"] == (100, 1) and summary["by_type"]["predictive"]["per_option_accuracy"] == 0.5
+    assert percent(summary)["descriptive"] == (100, 1)
+    assert summary["by_type"]["predictive"]["per_option_accuracy"] == 0.5
     del questions[1]["choices"][0]["answer"]  # the test set
     with pytest.raises(VidReasonError, match="validation.json, scene 10007, question 1"):
         read("clevrer", write(tmp_path / "validation.json", [scene]))

@@ -213,8 +213,8 @@ def make_tokenizer():
 
 def story_of(job):
     """One story as text: {"story", "listing", "questions"}; a sixth of them hold a pair that no video shows."""
-    seed, index = job
-    held_out = index % 6 == 0
+    seed, index, knowledge = job
+    held_out = knowledge and index % 6 == 0
     clip = world.make_clip(seed, index, "text", held_out, cut=bool(index % 12) if held_out else None)
     rng = np.random.default_rng((*clip.seed, 5))
     story = world.caption(clip, list(rng.permutation(len(clip.things))))
@@ -222,19 +222,20 @@ def story_of(job):
     return story, questions
 
 
-def make_stories(seed, count, processes):
+def make_stories(seed, count, processes, knowledge=True):
+    jobs = [(seed, i, knowledge) for i in range(count)]
     with multiprocessing.Pool(processes) as pool:
-        return list(tqdm(pool.imap(story_of, [(seed, i) for i in range(count)], 64), total=count, desc="stories"))
+        return list(tqdm(pool.imap(story_of, jobs, 64), total=count, desc="stories"))
 
 
 class TextBatches:
     """Documents for the toy LLM. One document = a story, then independent questions about it, each of which sees the
     story and itself only, exactly as questions see E_vision later (`vidreason.pack`)."""
 
-    def __init__(self, stories, tokenizer, rng):
+    def __init__(self, stories, tokenizer, rng, knowledge=True):
         from vidreason import CAPTION_PROMPT
 
-        self.rng, self.tokenizer, self.pool = rng, tokenizer, []
+        self.rng, self.tokenizer, self.pool, self.reads_knowledge = rng, tokenizer, [], knowledge
         self.bos, self.eos, self.user, self.assistant = tokenizer.convert_tokens_to_ids(
             ["<bos>", "<eos>", "<user>", "<assistant>"]
         )
@@ -257,7 +258,7 @@ class TextBatches:
         """→ context ids, [(prompt ids, target ids)]; `short`: a list of things and look-ups in it, nothing else."""
         if short:
             return self.lookups()
-        if self.rng.random() < 0.1:
+        if self.rng.random() < 0.1 * self.reads_knowledge:
             return self.knowledge()
         story, questions = self.stories[self.rng.integers(len(self.stories))]
         weights = np.array([self.rarity[type_] for type_, _, _ in questions])  # the rarer types are the harder ones
@@ -369,9 +370,9 @@ def pretrain_llm(args):
     torch.manual_seed(args.seed)
     tokenizer = make_tokenizer()
     train_stories, val_stories = (
-        make_stories(args.seed + s, n, args.processes) for s, n in ((0, args.stories), (1000, 200))
+        make_stories(args.seed + s, n, args.processes, args.knowledge) for s, n in ((0, args.stories), (1000, 200))
     )
-    batches = TextBatches(train_stories, tokenizer, np.random.default_rng(args.seed))
+    batches = TextBatches(train_stories, tokenizer, np.random.default_rng(args.seed), args.knowledge)
     llm = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
@@ -762,6 +763,8 @@ def main():
     ).items():
         p.add_argument(f"--{flag}", type=int, default=default)
     p.add_argument("--lr", type=float, default=1e-3)
+    told = "neither sentences nor stories about the pairs of kinds that no video shows, nor what kinds do to each other"
+    p.add_argument("--no_knowledge", dest="knowledge", action="store_false", help=told)
     p.add_argument("--init", help="directory of an LLM to go on with, instead of random weights")
     p = sub.add_parser("encoder", parents=[common], help="train the video transformer")
     for flag, default in dict(clips=None, steps=3200, batch=64, evaluate_every=500).items():

@@ -1,0 +1,222 @@
+"""§5.3 of the paper on the toy world: the recipe without each of its parts, retrained and scored.
+
+    python evaluate.py toy --ablations [--seeds 3] [--clips 200] [--processes 2]
+
+What a part changes is trained again: an LLM once, stages 1 and 2 once per seed. Runs are short (STEPS), so compare a
+row with "full" here, not with the shipped weights, which were trained for longer. All of it lies in runs/ablations; a
+killed run goes on. The table is printed, and written with a plot to toy/ablations.json and toy/ablations.png.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from tqdm import tqdm
+
+from data import ROOT, TOY_MODEL, encode_videos, write_json
+from evaluate import interval, toy_questions
+from toy import world
+from vidreason import VidReasonError, read_config
+
+DATA = ROOT / "runs" / "world" / "train"
+STEPS, VIDEOS, STORIES = {"llm": 2400, 1: 300, 2: 200}, 3000, 16000
+VARIANTS = {  # → how each differs from the full recipe
+    "full": {},
+    "w/o fusion core": {"config": {"fusion_layers": 0, "num_queries": 1}},  # mean of Z_vision and a linear layer
+    "w/o object features": {"config": {"masks_per_keyframe": 0}},
+    "w/o stage 2": {"stages": 1},
+    "w/o synthetic data": {"without": ("explain", "predict")},  # the two parts of Causal-Vid-Instruct
+    "smaller LLM": {"llm": ["--width", "64", "--layers", "2"]},
+    "w/o time embedding": {"config": {"time_embedding": False}},  # the paper as printed
+    "w/o world knowledge": {"llm": ["--no_knowledge"]},
+}
+SHOWN = ("why", "explain", "predict", "held-out", "direction", "order", "first")  # columns of the table
+
+
+def call(*command):
+    """One program with one thread; its own lines are of no interest unless it fails."""
+    command, quiet = [*map(str, command)], {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    done = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, env={**os.environ, **quiet}
+    )
+    if done.returncode:
+        raise VidReasonError(f"{' '.join(command)}: {done.stderr.strip()[-400:]} (ablations): mend it and repeat")
+
+
+def slug(name):
+    return name.replace("w/o ", "no_").replace(" ", "_")
+
+
+def mentions_held_out_pair(row):
+    words = set(" ".join(row.get(k, "") for k in ("context", "question", "answer")).split())
+    return any(pair <= words for pair in world.HELD_OUT)
+
+
+def write_data(runs):
+    """Stage 2's data for the variants that go without a part of it."""
+    samples, texts = ((DATA / name).read_text().splitlines() for name in ("samples.jsonl", "text.jsonl"))
+    without = VARIANTS["w/o synthetic data"]["without"]
+    kept = {
+        "no_synthetic_data": [line for line in samples if json.loads(line)["type"] not in without],
+        # world knowledge: what kinds do to each other, and stories about the pairs that no video shows
+        "no_world_knowledge": [t for t in texts if "context" in t and not mentions_held_out_pair(json.loads(t))],
+    }
+    for name, lines in kept.items():
+        (runs / f"{name}.partial").write_text("\n".join(lines) + "\n")
+        (runs / f"{name}.partial").rename(runs / f"{name}.jsonl")
+
+
+def prepare(runs, name):
+    """The variant's frozen parts: the shipped encoder and SAM, and an LLM, which is trained unless it is there."""
+    change, frozen = VARIANTS[name], runs / slug(name) / "frozen"
+    frozen.mkdir(parents=True, exist_ok=True)
+    made = runs / (slug(name) if "llm" in change else "full") / "llm"
+    if "llm" in change or name == "full":
+        if not (made / "llm" / "tokenizer.json").exists():
+            places = ["--runs", made / "log", "--weights", made, "--processes", 1, "--threads", 1]
+            steps = ["--steps", STEPS["llm"], "--lookup_steps", STEPS["llm"] // 4, "--evaluate_every", STEPS["llm"]]
+            call("-m", "toy.pretrain", "llm", *change.get("llm", ()), *steps, "--stories", STORIES, *places)
+    config = {**vars(read_config(TOY_MODEL)), **change.get("config", {}), "llm": str(made / "llm")}
+    config |= {part: str(TOY_MODEL / config[part]) for part in ("encoder_weights", "sam_weights")}
+    write_json(frozen / "config.json", config)
+    return frozen
+
+
+def features(runs, name):
+    """Folders of Z_vision: of the training videos, of the test clips."""
+    if "masks_per_keyframe" in VARIANTS[name].get("config", {}):
+        return runs / "features_no_objects", runs / "seen_no_objects"
+    return ROOT / "runs" / "features", runs / "seen"
+
+
+def look(runs, args):
+    """Frozen work, once for all variants: Z_vision of every video, with objects and without."""
+    clips = {r["video"] for r in toy_questions(args.seed, args.clips, runs / "clips", args.split)}
+    rows = map(json.loads, (DATA / "samples.jsonl").read_text().splitlines())
+    videos = sorted({row["video"] for row in rows})[:VIDEOS]
+    for name in ("full", "w/o object features"):
+        frozen, (train, test) = runs / slug(name) / "frozen", features(runs, name)
+        for folder, names, out in ((DATA, videos, train), (runs / "clips", clips, test)):
+            encode_videos(frozen, read_config(frozen), folder, names, out, args.processes)
+
+
+def train_and_score(runs, name, seed, args):
+    """Both stages of one variant and seed → its score file. What a killed run left is gone on with."""
+    change, out, full = VARIANTS[name], runs / slug(name) / f"seed{seed}", runs / "full" / f"seed{seed}"
+    score, (train_features, test_features) = out / "score.json", features(runs, name)
+    if score.exists():
+        return score
+    common = ["--seed", seed, "--batch", 16, "--warmup", 30, "--save_every", 50, "--max_videos", VIDEOS]
+    common += ["--videos", DATA, "--features", train_features, "--threads", 1, "--processes", 1]
+    model = full / "stage1" / "model"
+    if not change.keys() & {"stages", "without"}:  # the others share the full recipe's stage 1
+        model, frozen = out / "stage1" / "model", runs / slug(name) / "frozen"
+        call(
+            "train.py", "--stage", 1, "--model", frozen, "--max_steps", STEPS[1], "--output_dir", model.parent, *common
+        )
+    if change.get("stages") != 1:
+        samples = runs / "no_synthetic_data.jsonl" if "without" in change else DATA / "samples.jsonl"
+        text = runs / "no_world_knowledge.jsonl" if name == "w/o world knowledge" else DATA / "text.jsonl"
+        data = ["--data", samples, DATA / "captions.jsonl", text, "--init_from", model]
+        call("train.py", "--stage", 2, "--max_steps", STEPS[2], "--output_dir", out / "stage2", *data, *common)
+        model = out / "stage2" / "model"
+    out.mkdir(parents=True, exist_ok=True)
+    asked = ["--seed", args.seed, "--clips", args.clips, "--split", args.split, "--no_controls", "--processes", 1]
+    asked += ["--videos", runs / "clips", "--features", test_features]
+    call("evaluate.py", "toy", "--model", model, "--out", score, *asked)
+    return score
+
+
+def mean_row(scores, baseline=None):
+    """One row of the table: means over seeds; intervals resample whole videos, seeds are averaged before."""
+    correct, found = defaultdict(list), [json.loads(path.read_text()) for path in scores]
+    for item in (i for score in found for i in score["items"]):
+        correct[item["id"]].append(item["correct"])
+    items = {i["id"]: i for i in found[0]["items"]}
+    mean = {i: float(np.mean(hits)) for i, hits in correct.items()}
+    videos = [items[i]["video"] for i in mean]
+    row = {"accuracy": float(np.mean([*mean.values()])), "interval": interval(mean.values(), videos)}
+    row["seeds"] = [score["summary"]["accuracy"] for score in found]
+    by_type = defaultdict(list)
+    for i, hit in mean.items():
+        by_type[items[i]["type"]].append(hit)
+    row["by_type"] = {kind: {"accuracy": float(np.mean(h)), "n": len(h)} for kind, h in sorted(by_type.items())}
+    if baseline:
+        gain = [hit - baseline[i] for i, hit in mean.items()]
+        row |= {"difference": float(np.mean(gain)), "difference_interval": interval(gain, videos)}
+    return row, mean
+
+
+def print_rows(rows):
+    heads = "".join(f"{kind:>10s}" for kind in SHOWN)
+    print(f"\n{'variant':22s}{'accuracy':>9s}{'95 % interval':>16s}{'against full':>24s}{heads}   seeds")
+    for name, row in rows.items():
+        between, gain = "{:.3f} – {:.3f}".format(*row["interval"]), ""
+        if "difference" in row:
+            gain = "{:+.3f} ({:+.3f} – {:+.3f})".format(row["difference"], *row["difference_interval"])
+        cells = "".join(f"{row['by_type'][kind]['accuracy']:10.3f}" for kind in SHOWN)
+        seeds = " ".join(f"{one:.3f}" for one in row["seeds"])
+        print(f"{name:22s}{row['accuracy']:9.3f}{between:>16s}{gain:>24s}{cells}   {seeds}")
+
+
+def plot(rows, path):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    names = list(rows)[::-1]
+    figure, axis = plt.subplots(figsize=(8, 0.5 * len(names) + 1.2), layout="constrained")
+    for y, name in enumerate(names):
+        row = rows[name]
+        axis.plot(row["interval"], [y, y], color="black", lw=1.5)
+        axis.plot(row["accuracy"], y, "o", color="black", ms=8)
+        axis.plot(row["seeds"], [y - 0.25] * len(row["seeds"]), "|", color="black", ms=7)
+        axis.text(row["accuracy"], y + 0.18, f"{row['accuracy']:.3f}", ha="center", fontsize=9)
+    axis.axvline(rows["full"]["accuracy"], ls=":", color="gray")
+    axis.set_yticks(range(len(names)), names)
+    axis.set_xlabel("accuracy over all questions: mean of seeds with 95 % interval; small strokes: single seeds")
+    figure.savefig(path.with_suffix(".partial"), format="png", dpi=110)
+    path.with_suffix(".partial").rename(path)
+    plt.close(figure)
+
+
+def ablate(args):
+    """Train and score what is not there yet, --processes programs at a time; then the table."""
+    runs, began, seeds = args.runs, time.time(), range(args.seeds)
+    if not (DATA / "samples.jsonl").exists():
+        raise VidReasonError(f"no toy world yet ({DATA}): run `python -m toy.pretrain world`")
+    runs.mkdir(parents=True, exist_ok=True)
+    write_data(runs)
+    own = [name for name in VARIANTS if name != "full"]
+    rounds = [[(name, seed) for name in part for seed in seeds] for part in (["full"], own)]  # own may need full's
+    with (
+        ThreadPoolExecutor(args.processes) as pool,
+        tqdm(total=len(VARIANTS) * (1 + args.seeds), desc="ablations") as bar,
+    ):
+        for _ in pool.map(lambda name: prepare(runs, name), VARIANTS):
+            bar.update()
+        look(runs, args)
+        scores = defaultdict(list)
+        for jobs in rounds:
+            for (name, _), score in zip(
+                jobs, pool.map(lambda job: train_and_score(runs, *job, args), jobs), strict=True
+            ):
+                scores[name].append(score)
+                bar.update()
+    rows, baseline = {}, None
+    for name in VARIANTS:
+        rows[name], mean = mean_row(scores[name], baseline)
+        baseline = baseline or mean
+    print_rows(rows)
+    told = {"seeds": args.seeds, "clips": args.clips, "split": args.split, "seed": args.seed, "steps": STEPS}
+    told |= {"videos": VIDEOS, "stories": STORIES, "minutes_of_last_run": round((time.time() - began) / 60, 1)}
+    out = args.out or ROOT / "toy" / "ablations.json"
+    write_json(out, {"settings": told, "variants": rows})
+    plot(rows, out.with_suffix(".png"))
+    print(f"written: {out}, {out.with_suffix('.png')}")
