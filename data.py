@@ -78,20 +78,23 @@ class Sample:
     truths: tuple = ()  # per-option truth (CLEVRER: 0..n right), or further right answers (open-ended)
     start: float | None = None
     end: float | None = None
+    weight: float = 1.0  # how often an epoch shows its video
 
 
 def read_samples(spec, videos=".") -> list[Sample]:
     """Training's way in: FILE (.jsonl, .csv or .tar of records), or BENCHMARK:FILE for one of READERS.
 
-    `videos` is the folder that video names are relative to. Questions with a truth per option are asked option by
-    option. Raises VidReasonError with file and line (or record) for a record that cannot be used.
+    Either may end in @WEIGHT. `videos` is the folder that video names are relative to. Questions with a truth per option
+    are asked option by option. Raises VidReasonError with file and line (or record) for a record that cannot be used.
     """
-    name, colon, path = str(spec).partition(":")
+    spec, weight = split_weight(spec)
+    name, colon, path = spec.partition(":")
     if not colon or name not in READERS:
-        return READERS["jsonl"](spec, videos)
+        name, path = "jsonl", spec
     samples = READERS[name](path, videos)
     samples = samples if name == "jsonl" else locate(samples, videos)
-    return [one for s in samples for one in (per_option(s) if s.options and s.truths else [s])]
+    samples = [one for s in samples for one in (per_option(s) if s.options and s.truths else [s])]
+    return [replace(s, weight=weight) for s in samples] if weight != 1 else samples
 
 
 def split_weight(spec):
@@ -662,7 +665,8 @@ def report_bad(cache, names, path, max_bad_fraction):
 class Batches:
     """Which samples make up step k: a pure function of (seed, k), so that a resumed run needs no loader state.
 
-    With several ranks each takes every world-th row of the global batch, which is the same whatever their number.
+    With several ranks each takes every world-th row of the global batch, which is the same whatever their number. An
+    epoch shows a video as often as its weight says; of 2.5 times the half is drawn anew for each epoch.
     """
 
     def __init__(self, settings, samples, cache, tokenizer, num_queries, rank=0, world=1):
@@ -673,13 +677,22 @@ class Batches:
         by_video, self.text = {}, [s for s in samples if s.video is None]
         for s in samples:
             if s.video is not None and s.video in cache:
-                by_video.setdefault(s.video, []).append(s)
+                by_video.setdefault((s.video, s.weight), []).append(s)
         self.videos = sorted(by_video.items())
         if not self.videos:
             raise VidReasonError(f"no sample has a readable video ({settings.videos}): check --data and --videos")
-        self.order = lru_cache(maxsize=2)(
-            lambda epoch: np.random.default_rng((settings.seed, epoch, 1)).permutation(len(self.videos))
-        )
+        weights = np.array([weight for (_, weight), _ in self.videos])
+        self.epoch_length = max(1, round(weights.sum()))
+        self.ends = np.cumsum(weights) * (self.epoch_length / weights.sum())
+        self.ends[-1] = self.epoch_length  # rounding must not make one epoch longer than another
+        self.order = lru_cache(maxsize=2)(self.order_of)
+
+    def order_of(self, epoch):
+        """Indices of the epoch's videos, in its order."""
+        start = np.random.default_rng((self.settings.seed, epoch, 4)).random()
+        times = np.diff(np.floor(np.concatenate([[0], self.ends]) + start)).astype(int)
+        shown = np.repeat(np.arange(len(self.videos)), times)
+        return np.random.default_rng((self.settings.seed, epoch, 1)).permutation(shown)
 
     def digest(self):
         """A hash of all that decides what step k is, apart from the settings."""
@@ -692,7 +705,8 @@ class Batches:
         """→ this rank's micro-batches [(Packed, vision | None)]"""
         s, seen, told = self.settings, [], []
         for place in range(k * s.batch + self.rank, (k + 1) * s.batch, self.world):
-            name, samples = self.videos[self.order(place // len(self.videos))[place % len(self.videos)]]
+            epoch, index = divmod(place, self.epoch_length)
+            (name, _), samples = self.videos[self.order(epoch)[index]]
             some = np.random.default_rng((s.seed, place, 2)).permutation(len(samples))[: s.pairs_per_video]
             seen.append((Conversation([self.encode(samples[i].question, samples[i].answer) for i in some]), name))
         if self.text and s.text_share:

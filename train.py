@@ -97,7 +97,8 @@ class Settings:
     llm: str | None = option("The LLM: a directory, or a hub id.")
     init_from: str | None = option("Model directory whose fusion core stage 2 starts from (default: newest stage 1).")
     data: list[str] | None = option(
-        "Files of records: .jsonl, .csv or .tar, or BENCHMARK:FILE (nextqa:train.csv), see data.py."
+        "Files of records: .jsonl, .csv or .tar, or BENCHMARK:FILE (nextqa:train.csv), see data.py; FILE@2.5 shows its "
+        "videos 2.5 times per epoch."
     )
     videos: str | None = option("Folder that the records' video names are relative to.")
     max_videos: int | None = option("Use the first so many videos of the data only.")
@@ -636,7 +637,7 @@ def run(settings):
     bad = report_bad(cache, names, out / "bad_videos.jsonl", settings.max_bad_fraction) if rank() == 0 else ()
     cache.videos = {name: cache.videos[name] for name in names if name in cache}
     batches = Batches(settings, samples, cache, model.tokenizer, config.num_queries, rank(), world())
-    steps = settings.max_steps or math.ceil(settings.epochs * len(batches.videos) / settings.batch)
+    steps = settings.max_steps or math.ceil(settings.epochs * batches.epoch_length / settings.batch)
     settings = replace(settings, max_steps=steps)
     notes = [
         f"stage {settings.stage}: {len(batches.videos)} videos ({len(bad)} of {len(names)} unreadable), {steps} "

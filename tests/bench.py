@@ -113,7 +113,7 @@ def cached_features(options):
     model, settings, batches, step = toy(1, options)
 
     def first_epoch():
-        for name, _ in batches.videos[: settings.batch]:
+        for (name, _), _ in batches.videos[: settings.batch]:
             model.perceive(CLIPS / name)
         step(batches.step(0))
 
@@ -126,7 +126,7 @@ def packing(options):
     model, settings, batches, step = toy(2, options)
     videos, n = batches.videos[: settings.batch], model.config.num_queries
     pairs = [[batches.encode(s.question, s.answer) for s in some[: settings.pairs_per_video]] for _, some in videos]
-    seen = [batches.cache[name] for name, _ in videos]
+    seen = [batches.cache[name] for (name, _), _ in videos]
     repeated = [f for f, some in zip(seen, pairs, strict=True) for _ in some]
     one = [(pack([Conversation(some) for some in pairs], n), collate_features(seen))]
     many = [(pack([Conversation([pair]) for some in pairs for pair in some], n), collate_features(repeated))]

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
@@ -45,6 +46,7 @@ def place(config, tmp_path_factory):
     asked += [{"question": "what ?", "answer": "it breaks", "context": "the ball hits the egg"}] * 3
     (folder / "captions.jsonl").write_text("\n".join(map(json.dumps, captions)))
     (folder / "asked.jsonl").write_text("\n".join(map(json.dumps, asked)))
+    data.encode_videos(folder, config, folder / "videos", names, folder / "features")
     return folder
 
 
@@ -283,6 +285,29 @@ def test_every_video_comes_once_per_epoch_on_one_rank_or_on_four(place, tmp_path
         assert sorted(seen) == sorted(cache.videos)
         found.append(by_step)
     assert found[0] == found[1]
+
+
+def test_weights_say_how_often_an_epoch_shows_a_video(place, tmp_path):
+    settings, cache = settings_of(place, tmp_path, batch=1, micro_batch=1), data.FeatureCache(place / "features")
+    lines = (place / "captions.jsonl").read_text().splitlines()
+    often, rarely, seen = tmp_path / "often.jsonl", tmp_path / "rarely.jsonl", Counter()
+    often.write_text("\n".join(lines[:4]))
+    rarely.write_text("\n".join(lines[4:8]))
+    samples = [s for spec in (f"{often}@2.5", f"{rarely}@0.25") for s in data.read_samples(spec)]
+    batches = data.Batches(settings, samples, cache, tiny_tokenizer(), 5)
+    assert batches.epoch_length == 11
+    for epoch in range(40):
+        shown = Counter(batches.videos[i][0] for i in batches.order(epoch))
+        assert shown.total() == 11 and all(
+            shown[key] in ((2, 3) if key[1] == 2.5 else (0, 1)) for key, _ in batches.videos
+        )
+        seen += shown
+    assert all(80 <= seen[key] <= 120 if key[1] == 2.5 else 3 <= seen[key] <= 17 for key, _ in batches.videos)
+    weighted = [data.read_samples(f"{path}@3") for path in (often, rarely)]  # equal weights change the length alone
+    plain = data.Batches(settings, [s for s in data.read_samples(often)], cache, tiny_tokenizer(), 5)
+    thrice = data.Batches(settings, weighted[0], cache, tiny_tokenizer(), 5)
+    assert sorted(thrice.order(0)) == sorted([*plain.order(0)] * 3)
+    assert plain.digest() != thrice.digest()
 
 
 def test_rows_that_cannot_be_shared_are_refused(place, tmp_path):
