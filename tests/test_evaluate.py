@@ -1,0 +1,231 @@
+"""Our model on a benchmark: protocols, controls, what is missing, and killed runs; on the toy's weights and clips."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import evaluate
+from data import Sample
+from vidreason import VidReason, read_video
+
+ROOT = Path(__file__).resolve().parent.parent
+CLIPS, WEIGHTS = ROOT / "toy" / "clips", ROOT / "toy" / "weights"
+
+
+def call(*command, check=0):
+    done = subprocess.run([sys.executable, "evaluate.py", *map(str, command)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == check, done.stdout[-2000:] + done.stderr[-3000:]
+    return done.stderr.strip().splitlines()[-1] if check else done.stdout
+
+
+@pytest.fixture(scope="module")
+def model():
+    return VidReason.load(WEIGHTS)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Four of the toy's clips, one file that is no video, one that is not there; questions in our own layout."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    (folder / "videos").mkdir()
+    rows = [json.loads(line) for line in (CLIPS / "samples.jsonl").read_text().splitlines()]
+    names = sorted({r["video"] for r in rows if r["type"] in ("why", "direction")})[:4]
+    for name in names:
+        shutil.copy(CLIPS / name, folder / "videos")
+    (folder / "videos" / "broken.mp4").write_text("this is no video")
+    kept = [r for r in rows if r["video"] in names]
+    asked = kept + [{**kept[0], "id": "b", "video": "broken.mp4"}]
+    (folder / "asked.jsonl").write_text("\n".join(map(json.dumps, asked)))
+    (folder / "lost.jsonl").write_text(
+        "\n".join(map(json.dumps, [*asked, {**kept[0], "id": "l", "video": "lost.mp4"}]))
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def result(place):
+    shown = call("jsonl", "--annotations", place / "asked.jsonl", "--videos", place / "videos",
+                 "--features", place / "features", "--processes", 1, "--out", place / "result.json")  # fmt: skip
+    return json.loads((place / "result.json").read_text()), shown
+
+
+def test_every_question_is_scored_with_its_controls(result, place):
+    found, shown = result
+    summary, items = found["summary"], {i["id"]: i for i in found["items"]}
+    rows = [json.loads(line) for line in (place / "asked.jsonl").read_text().splitlines()]
+    assert items.keys() == {r["id"] for r in rows} and summary["n"] == len(rows)
+    assert summary["accuracy"] == sum(i["correct"] for i in items.values()) / len(items) > 0.6
+    for name in ("blind", "black", "shuffled", "one frame"):
+        assert summary[f"{name}_accuracy"] == pytest.approx(
+            sum(i["controls"][name]["correct"] for i in items.values()) / len(items)
+        )
+        assert summary[f"{name}_accuracy"] < summary["accuracy"] and name in shown
+    optioned = [r for r in rows if r.get("options")]
+    assert summary["chance_accuracy"] == pytest.approx(np.mean([1 / len(r["options"]) for r in optioned]))
+    assert {"weights_sha256", "config", "versions", "prompts", "frames", "annotations"} <= found["provenance"].keys()
+    assert found["provenance"]["frames"]["total"] == 16
+    assert not (place / "result.json.parts").exists()
+
+
+def test_an_unreadable_video_counts_as_wrong_and_is_named(result):
+    found, shown = result
+    broken = next(i for i in found["items"] if i["id"] == "b")
+    assert broken["trouble"] == "unreadable" and not broken["correct"] and not broken["controls"]["blind"]["correct"]
+    assert found["summary"]["unreadable"] == 1 and "not a video" in found["summary"]["unreadable_videos"]["broken.mp4"]
+    assert "1 unreadable" in shown
+
+
+def test_the_likeliest_option_is_the_one_that_is_likeliest_by_itself(result, model, place):
+    found, _ = result
+    item = next(i for i in found["items"] if i["options"] and i["trouble"] == "")
+    features = model.perceive(place / "videos" / item["video"])
+    alone = torch.cat([model.option_logprobs(features, item["question"], [o]) for o in item["options"]])
+    assert torch.allclose(alone, torch.tensor(item["likelihoods"]), atol=0.05) and item["read"] == int(alone.argmax())
+    lengths = torch.tensor([len(model.tokenizer(o).input_ids) + 1 for o in item["options"]])  # + the end
+    assert item["tokens"] == lengths.tolist() and item["normalised"] == int((alone / lengths).argmax())
+
+
+def test_a_missing_video_is_an_error_unless_allowed(place):
+    shared = ["jsonl", "--annotations", place / "lost.jsonl", "--videos", place / "videos", "--no_controls"]
+    shared += ["--features", place / "features", "--processes", 1]
+    says = call(*shared, check=2)
+    assert says.startswith("error: 1 of 6 videos are missing, for example lost.mp4") and "--allow_missing" in says
+    out = place / "allowed.json"
+    call(*shared, "--allow_missing", "--out", out)
+    found = json.loads(out.read_text())
+    lost = next(i for i in found["items"] if i["id"] == "l")
+    assert lost["trouble"] == "missing" and not lost["correct"] and found["summary"]["missing_videos"] == ["lost.mp4"]
+    assert "black_accuracy" not in found["summary"] and "blind_accuracy" in found["summary"]
+
+
+def test_a_killed_evaluation_goes_on_and_gives_the_same_file(result, place):
+    out, parts = place / "again.json", place / "again.json.parts"
+    command = ["jsonl", "--annotations", place / "asked.jsonl", "--videos", place / "videos", "--processes", 1]
+    command += ["--features", place / "features", "--out", out]
+    killed = 0
+    for wanted in ("full.jsonl", "shuffled.jsonl"):
+        process = subprocess.Popen(
+            [sys.executable, "evaluate.py", *map(str, command)],
+            cwd=ROOT,
+            stderr=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+        )
+        while process.poll() is None and not ((parts / wanted).exists() and (parts / wanted).stat().st_size):
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        killed += process.wait() == -signal.SIGKILL
+        torn = (parts / wanted).read_bytes()
+        (parts / wanted).write_bytes(torn + torn[: len(torn) // 2].replace(b"\n", b""))  # as if cut in a line
+    assert killed == 2
+    says = call(*command, "--batch", 63, check=2)
+    assert "parts of another run, which differs in batch" in says
+    kept = (parts / "full.jsonl").stat().st_mtime_ns
+    answered = (parts / "full.jsonl").read_bytes().count(b"\n")
+    assert answered >= 1 and kept
+    call(*command)
+    assert json.loads(out.read_text()) == result[0]
+
+
+def test_controls_show_what_they_say():
+    clip, shape = next(CLIPS.glob("*.mp4")), (4, 4, 96)
+    frames, times, _ = read_video(clip, *shape)
+    flat = frames.flatten(0, 1)
+    for name, kinds in (("shuffled", 16), ("one frame", 1)):
+        order = data.ORDERS[name](16, clip.name)
+        shown, at, keyframes = read_video(clip, *shape, order=order)
+        assert torch.equal(shown.flatten(0, 1), flat[order]) and torch.equal(at, times)
+        assert len(set(order)) == kinds and len(keyframes) == 4
+        assert np.array_equal(keyframes[1], read_video(clip, 16, 1, 96)[2][order[6]])
+    assert not np.array_equal(order, data.ORDERS["shuffled"](16, clip.name))
+    assert np.array_equal(data.ORDERS["shuffled"](16, "a"), data.ORDERS["shuffled"](16, "a"))
+    assert not np.array_equal(data.ORDERS["shuffled"](16, "a"), data.ORDERS["shuffled"](16, "b"))
+
+
+def test_features_of_a_control_are_no_features_of_the_video(model, tmp_path):
+    run = [WEIGHTS, model.config, CLIPS, [min(CLIPS.glob("*.mp4")).name], tmp_path]
+    data.encode_videos(*run, order="shuffled")
+    with pytest.raises(data.VidReasonError, match="another encoder, SAM or settings"):
+        data.encode_videos(*run)
+
+
+def test_options_that_may_all_be_right_are_asked_one_by_one(model, tmp_path, monkeypatch):
+    sample = Sample("1", "v", "what moved?", "x", ["the red egg", "the blue box"], truths=(True, False))
+    other = Sample("2", "v", "how many?", "two")
+    asked = []
+
+    def replies(model, samples, features, protocol):
+        asked.extend(s.question for s in samples)
+        return [{"said": 0 if s.options else "two"} for s in samples]
+
+    monkeypatch.setattr(evaluate, "reply_to", replies)
+    found = evaluate.ask(model, [sample, other], lambda video: None, "likelihood", tmp_path / "kept.jsonl")
+    assert [f["said"] for f in found] == [[True, True], "two"]
+    assert sorted(asked) == ["how many?", "what moved? the blue box: yes or no?", "what moved? the red egg: yes or no?"]
+    summary, items = evaluate.score_predictions("clevrer", [sample], {"1": [True, False]})
+    assert summary["accuracy"] == 1 and summary["chance_accuracy"] == 0.25
+    assert [evaluate.yes_or_no(r) for r in ("Yes.", "B", 0, 1, "perhaps")] == [True, False, True, False, None]
+
+
+def test_a_written_choice_is_read_from_the_reply(model, monkeypatch, tmp_path):
+    samples = [Sample(str(i), "v", "where?", "right", ["left", "right"], gold=1) for i in range(3)]
+    said, prompts = iter(["Left, then right. Therefore, the final answer is: B", "B", "neither"]), []
+    batch = lambda features, asked: prompts.extend(asked) or [next(said) for _ in asked]
+    monkeypatch.setattr(model, "answer_batch", batch)
+    found = evaluate.ask(model, samples, lambda video: None, "cot", tmp_path / "kept.jsonl")
+    assert prompts[0].startswith("where?\nA: left\nB: right\n") and "step by step" in prompts[0]
+    summary, items = evaluate.score_predictions("jsonl", samples, {s.id: f["said"] for s, f in zip(samples, found)})
+    assert [i["read"] for i in items] == [1, 1, None] and summary["unparsed"] == 1 and summary["accuracy"] == 2 / 3
+
+
+def test_majority_and_chance_by_hand():
+    samples = [Sample(str(i), "v", "?", a, category=c) for i, (a, c) in enumerate(["ax", "ax", "bx", "cy"])]
+    assert evaluate.baselines(samples) == {"chance": [None] * 4, "majority": [True, True, False, True]}
+
+
+def test_limit_takes_a_fair_sample_and_counts_the_rest(place):
+    shared = ["jsonl", "--annotations", place / "asked.jsonl", "--videos", place / "videos", "--no_controls"]
+    shared += ["--features", place / "features", "--processes", 1, "--limit", 5, "--out", place / "few.json"]
+    shown = call(*shared)
+    found = json.loads((place / "few.json").read_text())
+    rows = (place / "asked.jsonl").read_text().splitlines()
+    assert found["summary"]["n"] == 5 and found["summary"]["skipped"] == len(rows) - 5 and "not asked" in shown
+
+
+def test_ranking_sheet_from_result_files(result, place):
+    """compare --human_sheet, a person's ranks, and back."""
+    out = place / "sheet"
+    call("compare", place / "result.json", place / "result.json", check=0)
+    other = json.loads((place / "result.json").read_text())
+    for item in other["items"]:
+        item["prediction"] = "something else"
+    (place / "other.json").write_text(json.dumps(other))
+    files = [place / "result.json", place / "other.json"]
+    call("compare", *files, "--human_sheet", out, "--videos", place / "videos", "--count", 6)
+    key = json.loads((out / "key.json").read_text())
+    better = str(place / "result.json")
+    ranks = {q: {x: 1 if m == better else 2 for x, m in kept["models"].items()} for q, kept in key["questions"].items()}
+    (place / "ranks.json").write_text(json.dumps({"sheet": key["sheet"], "annotator": "p", "ranks": ranks}))
+    shown = call("compare", "--human_sheet", out, "--ranks", place / "ranks.json")
+    assert "loss 1.000" in shown and "n 6" in shown or "win 1.000" in shown and "n 6" in shown
+    assert "takes two result files" in call("compare", files[0], check=2)
+
+
+def test_the_ablated_model_without_fusion_core_is_a_mean_and_a_linear_layer(model):
+    from dataclasses import replace
+
+    from vidreason import FusionCore
+
+    core = FusionCore(replace(model.config, fusion_layers=0, num_queries=1, time_embedding=False), 16).eval()
+    z, mask = torch.randn(2, 5, model.config.encoder_width), torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]).bool()
+    found = core(z, torch.zeros(2, 5), mask)
+    by_hand = core.linear_proj(core.norm_out(core.proj_in(core.norm_in(z[0, :3])).mean(0, keepdim=True)))
+    assert found.shape == (2, 1, 16) and torch.allclose(found[0], by_hand, atol=1e-6)
