@@ -157,7 +157,7 @@ def looked_at(model, features, question, answer):
     packed = pack([Conversation([encode_pair(model.tokenizer, question, answer)])], model.config.num_queries)
     (gradient,) = torch.autograd.grad(loss(model.llm, packed.to(model.device), e_vision)[0], e_vision)
     use = gradient[0].float().norm(dim=-1).clamp(min=1e-30)  # an answer of probability 1 has no gradient
-    return (use / use.sum()) @ weights[0].float().mean((0, 1))
+    return (use / use.sum()) @ weights[0].detach().float().mean((0, 1))
 
 
 HOW_TO_READ = (
@@ -197,8 +197,8 @@ def explain(model, features, question, answer, path):
         middle, part = times[len(times) // 2], f"part {i + 1}: {times[0]:.1f} to {times[-1]:.1f} s"
         picture.set_title(f"{middle:.1f} s   ({part})", size=11)
         draw_masks(picture, features.keyframes[i], features.masks[i], names, of_objects[i] / shares.max())
-        draw_bars(chart, f"all of part {i + 1}", names, [shares[i], *of_objects[i]])
-        chart.set(xlim=(0, 1.25 * shares.max()), ylim=(most + 0.6, -0.6))  # one scale, so that bars compare
+        draw_bars(chart, f"all of part {i + 1}", names, [shares[i].item(), *of_objects[i].tolist()])
+        chart.set(xlim=(0, 1.25 * shares.max().item()), ylim=(most + 0.6, -0.6))  # one scale, so that bars compare
     write_picture(path, lambda at: figure.savefig(at, format=path.suffix[1:].lower(), bbox_inches="tight"))
 
 

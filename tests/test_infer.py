@@ -15,8 +15,9 @@ from conftest import tiny_llm, tiny_tokenizer
 from PIL import Image
 from safetensors.torch import save_file
 
+import infer as program
 import vidreason
-from infer import TOY, looked_at, main, places
+from infer import TOY, explain, looked_at, main, places
 from vidreason import REASON_PROMPT, VideoTransformer, VidReason, build_sam
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -153,6 +154,7 @@ def test_explain_wraps_long_words_and_works_with_the_other_options(capsys, video
 
 def test_explain_without_a_single_mask(capsys, config, videos, tmp_path):
     folder = save_random(replace(config, sam_iou_threshold=99.0, num_clips=5), tmp_path / "model")
+    capsys.readouterr()  # saving shows its progress
     call = (capsys, videos["good"], "why ?", "--json", "--model", folder)
     code, out, err = infer(*call, "--explain", tmp_path / "out.png")
     assert code == 0 and err == "" and json.loads(out)["objects"] == 0
@@ -185,6 +187,20 @@ def test_shares_are_of_this_answer_and_none_goes_to_a_masked_token(model, videos
     monkeypatch.setattr(vidreason, "collate_features", without_token_5)
     shares = looked_at(model, features, "why ?", "the ball hit the egg")
     assert shares[5] == 0 and shares.sum().item() == pytest.approx(1)
+
+
+def test_every_share_is_drawn_under_its_own_picture(model, videos, monkeypatch, tmp_path):
+    features = model.perceive(videos["good"])
+    features.masks[1] = features.masks[1][:0]  # a keyframe without objects between two that have some
+    keep = ~(features.is_object & (features.times == 1.5))
+    features = replace(features, **{name: getattr(features, name)[keep] for name in ("z_vision", "times", "is_object")})
+    shares, drawn = looked_at(model, features, "why ?", "the ball hit the egg").tolist(), []
+    monkeypatch.setattr(program, "draw_bars", lambda axes, *bars: drawn.append(bars))
+    explain(model, features, "why ?", "the ball hit the egg", tmp_path / "out.png")
+    assert [whole for whole, _, _ in drawn] == [f"all of part {i}" for i in (1, 2, 3, 4)]
+    assert [bars[0] for _, _, bars in drawn] == pytest.approx(shares[:4])
+    numbered = {name: share for _, names, bars in drawn for name, share in zip(names, bars[1:], strict=True)}
+    assert numbered == pytest.approx(dict(enumerate(shares[4:], 1))) and list(drawn[1][1]) == []
 
 
 def test_an_answer_changes_more_without_what_was_looked_at_most():
