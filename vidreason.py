@@ -489,6 +489,7 @@ class Features:
     is_object: torch.Tensor  # (N_v,) bool
     masks: list = field(default_factory=list)  # per clip bool (K', S, S); object tokens stand in the same order
     keyframes: list = field(default_factory=list)  # per clip uint8 array (S, S, 3)
+    frame_times: torch.Tensor | None = None  # (N_t, F) seconds; the keyframe is frame F // 2
 
 
 def collate_features(features):
@@ -507,10 +508,9 @@ def perceive(video, encoder, sam, config, order=slice(None)):
     z_global, patches = encoder(frames.to(device) / 255)  # Eq. 1: (N_t, D_v), (N_t, F // tubelet, P, D_v)
     masks = [segment(keyframe, sam, config) for keyframe in keyframes]
     z_obj = [mask_pool(p[middle // c.tubelet], m) for p, m in zip(patches, masks, strict=True)]  # Eq. 2
-    object_times = times[:, middle].repeat_interleave(torch.tensor([len(m) for m in masks]))
-    times = torch.cat([times.mean(1), object_times]).to(device)
-    is_object = torch.arange(len(times), device=device) >= len(z_global)
-    return Features(torch.cat([z_global, *z_obj]), times, is_object, masks, keyframes)
+    token_times = torch.cat([times.mean(1), times[:, middle].repeat_interleave(torch.tensor([*map(len, masks)]))])
+    is_object = torch.arange(len(token_times), device=device) >= len(z_global)
+    return Features(torch.cat([z_global, *z_obj]), token_times.to(device), is_object, masks, keyframes, times)
 
 
 def load_vision(config, directory, device="cpu"):

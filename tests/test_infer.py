@@ -5,26 +5,33 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import tiny_llm, tiny_tokenizer
+from PIL import Image
 from safetensors.torch import save_file
 
-from infer import main
+import infer as program
+import vidreason
+from infer import TOY, explain, looked_at, main, places
 from vidreason import REASON_PROMPT, VideoTransformer, VidReason, build_sam
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def save_random(config, folder):
+    torch.manual_seed(0)
+    VidReason(config, VideoTransformer(config), build_sam(config), tiny_llm(), tiny_tokenizer()).save(folder)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def weights(config, tmp_path_factory):
-    torch.manual_seed(0)
-    model = VidReason(config, VideoTransformer(config), build_sam(config), tiny_llm(), tiny_tokenizer())
-    folder = tmp_path_factory.mktemp("model")
-    model.save(folder)
-    return folder
+    return save_random(config, tmp_path_factory.mktemp("model"))
 
 
 def infer(capsys, *arguments):
@@ -114,3 +121,113 @@ def test_a_strange_clip_is_announced(capsys, videos, weights):
         (weights / "familiar.safetensors").unlink()
     assert code == 0 and json.loads(out)["unfamiliar"] is True
     assert err.startswith("note: ") and len(err.splitlines()) == 1
+
+
+# -------------------------------------------------------------------------------------------------------- --explain
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg", "svg", "pdf"])
+def test_explain_makes_a_picture_beside_the_answer(capsys, videos, weights, tmp_path, ending):
+    call = (capsys, videos["wide"], "why ?", "--model", weights)
+    picture = tmp_path / f"out.{ending}"
+    assert infer(*call, "--explain", picture) == infer(*call)
+    assert list(tmp_path.iterdir()) == [picture]
+    magic = {"png": b"\x89PNG", "jpg": b"\xff\xd8\xff", "svg": b"<?xml", "pdf": b"%PDF"}
+    assert picture.read_bytes().startswith(magic[ending])
+    if ending in ("png", "jpg"):
+        width, height = Image.open(picture).size
+        assert 1000 < width < 1600 and 400 < height < 1000 and np.asarray(Image.open(picture)).std() > 10
+
+
+def test_explain_wraps_long_words_and_works_with_the_other_options(capsys, videos, weights, tmp_path):
+    call = (capsys, videos["good"], "--model", weights, "--explain", tmp_path / "out.png")
+    height = {}
+    for question in ("why $5 ?", "why did it cost $5 and then $6 ? " * 20):
+        answer = json.loads(infer(*call, question, "--json")[1])["answer"]
+        assert answer
+        width, height[question] = Image.open(tmp_path / "out.png").size
+        assert width < 1600
+    assert len({*height.values()}) == 2
+    code, out, err = infer(*call, "--task", "predict")
+    assert code == 0 and err == "" and out.startswith("1. ")
+
+
+def test_explain_without_a_single_mask(capsys, config, videos, tmp_path):
+    folder = save_random(replace(config, sam_iou_threshold=99.0, num_clips=5), tmp_path / "model")
+    capsys.readouterr()  # saving shows its progress
+    call = (capsys, videos["good"], "why ?", "--json", "--model", folder)
+    code, out, err = infer(*call, "--explain", tmp_path / "out.png")
+    assert code == 0 and err == "" and json.loads(out)["objects"] == 0
+    assert Image.open(tmp_path / "out.png").size[0] > 1000
+
+
+def test_a_picture_that_cannot_be_written_is_said_before_the_slow_work(capsys, videos, weights, monkeypatch, tmp_path):
+    monkeypatch.setattr(VidReason, "load", lambda *_: pytest.fail("the model was loaded"))
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "old.png").write_text("old")
+    for name in ("out.gif", "out", "folder.png", "nowhere/out.png", "old.png/out.png"):
+        call = (capsys, videos["good"], "why ?", "--model", weights)
+        assert_one_error_line(*infer(*call, "--explain", tmp_path / name))
+    assert_one_error_line(*infer(capsys, videos["missing"], "--explain", tmp_path / "old.png"))
+    assert (tmp_path / "old.png").read_text() == "old" and len([*tmp_path.iterdir()]) == 2
+
+
+def test_shares_are_of_this_answer_and_none_goes_to_a_masked_token(model, videos, monkeypatch):
+    features = model.perceive(videos["good"])
+    shares = looked_at(model, features, "why ?", "the ball hit the egg")
+    assert shares.shape == features.times.shape and shares.min() > 0 and shares.sum().item() == pytest.approx(1)
+    assert torch.equal(shares, looked_at(model, features, "why ?", "the ball hit the egg"))
+    assert not torch.allclose(shares, looked_at(model, features, "why ?", "a red box"), atol=1e-6)
+
+    def without_token_5(features):
+        z_vision, times, key_mask = collate(features)
+        return z_vision, times, key_mask & (torch.arange(key_mask.shape[1]) != 5)
+
+    collate = vidreason.collate_features
+    monkeypatch.setattr(vidreason, "collate_features", without_token_5)
+    shares = looked_at(model, features, "why ?", "the ball hit the egg")
+    assert shares[5] == 0 and shares.sum().item() == pytest.approx(1)
+
+
+def test_every_share_is_drawn_under_its_own_picture(model, videos, monkeypatch, tmp_path):
+    features = model.perceive(videos["good"])
+    features.masks[1] = features.masks[1][:0]  # a keyframe without objects between two that have some
+    keep = ~(features.is_object & (features.times == 1.5))
+    features = replace(features, **{name: getattr(features, name)[keep] for name in ("z_vision", "times", "is_object")})
+    shares, drawn = looked_at(model, features, "why ?", "the ball hit the egg").tolist(), []
+    monkeypatch.setattr(program, "draw_bars", lambda axes, *bars: drawn.append(bars))
+    explain(model, features, "why ?", "the ball hit the egg", tmp_path / "out.png")
+    assert [whole for whole, _, _ in drawn] == [f"all of part {i}" for i in (1, 2, 3, 4)]
+    assert [bars[0] for _, _, bars in drawn] == pytest.approx(shares[:4])
+    numbered = {name: share for _, names, bars in drawn for name, share in zip(names, bars[1:], strict=True)}
+    assert numbered == pytest.approx(dict(enumerate(shares[4:], 1))) and list(drawn[1][1]) == []
+
+
+def test_an_answer_changes_more_without_what_was_looked_at_most():
+    """The shipped model, ten clips: leave out the token with the largest share or the one with the smallest."""
+    torch.set_num_threads(1)
+    model, wins, changes = VidReason.load(TOY), 0, torch.zeros(2)
+    clips = sorted((ROOT / "toy" / "clips").glob("*.mp4"))[:10]
+    for clip in clips:
+        features = model.perceive(clip)
+        answer = model.answer(features, "why?")
+        shares = looked_at(model, features, "why?", answer)
+        keep = [torch.arange(len(shares)) != token for token in (shares.argmax(), shares.argmin())]
+        less = [replace(features, z_vision=features.z_vision[k], times=features.times[k]) for k in keep]
+        logprobs = [model.option_logprobs(f, "why?", [answer])[0] for f in (features, *less)]
+        changes += (torch.stack(logprobs[1:]) - logprobs[0]).abs()
+        wins += bool(abs(logprobs[1] - logprobs[0]) > abs(logprobs[2] - logprobs[0]))
+    assert wins >= 8 and changes[0] > 3 * changes[1], (wins, changes)
+
+
+def test_numbers_stand_near_their_masks_and_apart():
+    masks = np.zeros((4, 96, 96), bool)
+    masks[0, 10:20, 10:20] = masks[1, 12:20, 10:20] = True  # nearly the same
+    masks[2, 80:, 80:] = True  # in a corner
+    masks[3] = True  # the whole picture
+    found = [*places(masks)]
+    for mask, (own, place) in zip(masks, found):
+        assert mask[own[1], own[0]] and 0 < min(place) and max(place) < 96 and np.hypot(*(place - own)) < 30
+    numbers = np.array([place for _, place in found])
+    apart = np.hypot(*(numbers[:, None] - numbers[None]).transpose(2, 0, 1)) + 99 * np.eye(4)
+    assert apart.min() > 9

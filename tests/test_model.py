@@ -462,7 +462,8 @@ def test_perceive(model, videos, config):
         t for t, n in zip([0.5, 1.5, 2.5, 3.5], counts, strict=True) for _ in range(n)
     ]
     assert features.times.tolist() == pytest.approx(expected) and not features.z_vision.requires_grad
-    frames, _, _ = read_video(videos["good"], 4, 4, 96)
+    frames, times, _ = read_video(videos["good"], 4, 4, 96)
+    assert torch.equal(features.frame_times, times)
     with torch.no_grad():
         cls, patches = model.encoder(frames / 255)
     assert torch.allclose(features.z_vision[:4], cls)
