@@ -84,8 +84,8 @@ class Sample:
 def read_samples(spec, videos=".") -> list[Sample]:
     """Training's way in: FILE (.jsonl, .csv or .tar of records), or BENCHMARK:FILE for one of READERS.
 
-    Either may end in @WEIGHT. `videos` is the folder that video names are relative to. A question with a truth per option
-    is asked option by option. Raises VidReasonError with file and line (or record) for a record that cannot be used.
+    Either may end in @WEIGHT. `videos` is the folder that video names are relative to. A question with a truth per
+    option is asked option by option. VidReasonError names file and line (or record) of what cannot be used.
     """
     spec, weight = split_weight(spec)
     name, colon, path = spec.partition(":")
