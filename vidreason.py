@@ -96,11 +96,10 @@ def read_video(path, num_clips, frames_per_clip, image_size, keyframe_size=512, 
     -> frames uint8 (N_t, F, 3, image_size, image_size); times float32 (N_t, F), seconds since the first frame by the
     file's own timestamps, which a variable frame rate needs; keyframes: the middle frame (index F // 2) of each clip,
     uint8 array (S, S, 3), S <= keyframe_size. Both show the centre square of the picture, so a mask of one fits the
-    patches of the other. A video of few frames repeats them. order: N_t * F indices, which of these frames to show in
-    whose place (for controls: shuffled, one frame for all); times stay. Raises VidReasonError for a file that is
-    missing, empty, truncated, not a video or without picture."""
-    promised = check_video(path)
-    which, times, pictures = _decode(path, promised, num_clips * frames_per_clip)
+    patches of the other. A video of few frames repeats them. order (for controls): which of the N_t * F frames to show
+    in the place of each; times stay. Raises VidReasonError for a file that is missing, empty, truncated, not a video or
+    without picture."""
+    which, times, pictures = _decode(path, check_video(path), num_clips * frames_per_clip)
     which = which[order]
     tensors = (torch.from_numpy(np.ascontiguousarray(picture)).permute(2, 0, 1) for picture in pictures)
     squares = [center_crop(picture, min(picture.shape[1:])) for picture in tensors]
@@ -256,9 +255,8 @@ def segment(keyframe, sam, config):
     """Grid-prompted masks of one keyframe (§3.1.2): the K best by stability x predicted IoU, the larger first on ties.
     keyframe uint8 array (H, W, 3) RGB -> masks bool (K', H, W) on the CPU, 0 <= K' <= K; a flat picture has none."""
     thresholds = {"pred_iou_thresh": config.sam_iou_threshold, "stability_score_thresh": config.sam_stability_threshold}
-    generator = mask_generator(sam, config.points_per_side, **thresholds)
-    found = generator.generate(keyframe) if config.masks_per_keyframe else []
-    found = [mask for mask in found if mask["area"] > 0]
+    generate = mask_generator(sam, config.points_per_side, **thresholds).generate
+    found = [mask for mask in generate(keyframe) if mask["area"] > 0] if config.masks_per_keyframe else []
     found.sort(key=lambda mask: (-mask["stability_score"] * mask["predicted_iou"], -mask["area"]))
     best = [torch.from_numpy(mask["segmentation"]) for mask in found[: config.masks_per_keyframe]]
     return torch.stack(best) if best else torch.zeros(0, *keyframe.shape[:2], dtype=torch.bool)
@@ -270,9 +268,8 @@ def mask_pool(patches, masks):
     same number. patches (P, D_v) of a square grid, masks bool (K, H, W) -> (K, D_v). An empty mask gives zeros."""
     grid = int(len(patches) ** 0.5)
     masks = masks.to(patches)
-    rows, columns = (  # one-hot (pixels, grid): the patch that holds the centre of each pixel
-        F.one_hot(((torch.arange(n) + 0.5) * grid / n).long(), grid).to(patches) for n in masks.shape[1:]
-    )
+    patch_of = lambda n: F.one_hot(((torch.arange(n) + 0.5) * grid / n).long(), grid).to(patches)
+    rows, columns = map(patch_of, masks.shape[1:])  # one-hot (pixels, grid): which patch holds a pixel's centre
     counts = rows.T @ masks @ columns  # (K, grid, grid)
     area = masks.sum((1, 2)).clamp(min=1)
     return (counts.flatten(1) / area[:, None]) @ patches
@@ -288,9 +285,7 @@ def attention(Q, K, V, key_mask=None, return_weights=False):
     if not return_weights:
         return F.scaled_dot_product_attention(Q, K, V, attn_mask=mask)
     scores = Q @ K.transpose(-2, -1) / Q.shape[-1] ** 0.5
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
-    weights = scores.softmax(dim=-1).nan_to_num()
+    weights = (scores if mask is None else scores.masked_fill(~mask, float("-inf"))).softmax(dim=-1).nan_to_num()
     return weights @ V, weights
 
 
@@ -678,8 +673,8 @@ def _download(name):
         owner, repository, file = str(name).split("/", 2)
         return hf_hub_download(f"{owner}/{repository}", file)
     except (OSError, ValueError) as error:
-        advice = "give a file, or owner/repository/file of the hub"
-        raise VidReasonError(f"no such weights ({name or 'none named'}): {advice}") from error
+        what = f"no such weights ({name or 'none named'})"
+        raise VidReasonError(f"{what}: give a file, or owner/repository/file of the hub") from error
 
 
 def load_weights(module, path):
