@@ -369,7 +369,7 @@ PROMPTS = {  # how a question with options is put when the model is to write its
     "direct": "{question}\n{options}\nAnswer with the letter of the right option and nothing else.",
     "cot": "{question}\n{options}\nThink step by step. End with the line: Therefore, the final answer is: LETTER",
 }
-CONTROLS = ("black", *ORDERS)
+CONTROLS = ("blind", "black", *ORDERS)
 
 
 def prompt_of(sample, protocol):
@@ -454,12 +454,12 @@ def seen(args, model, names, work):
     settings = {"processes": args.processes, "shard_size": 16, "device": str(model.device)}
     encode_videos(*run, features, **settings)
     caches = {"full": FeatureCache(features)}
-    for order in ORDERS if args.controls else ():
+    for order in (o for o in ORDERS if o in args.controls):
         encode_videos(*run, features / order.replace(" ", "_"), order=order, **settings)
         caches[order] = FeatureCache(features / order.replace(" ", "_"))
     conditions = {name: cache.__getitem__ for name, cache in caches.items()}
     conditions["blind"] = lambda video: None
-    if args.controls:
+    if "black" in args.controls:
         nothing = model.perceive(black_video(work / "black.mp4"))
         conditions["black"] = lambda video: nothing
     bad = {n: next((c.bad[n] for c in caches.values() if n in c.bad), "") for n in names}
@@ -488,7 +488,7 @@ def evaluate_model(args, model, samples, work, protocol, same=exact):
     if not there:
         raise VidReasonError(f"not one video can be read ({args.videos}): check --videos")
     replies = {}
-    for condition in ("full", "blind", *(CONTROLS if args.controls else ())):
+    for condition in ("full", *args.controls):
         kept, see = work / f"{condition.replace(' ', '_')}.jsonl", conditions[condition]
         answers = ask(model, there, see, protocol, kept, args.batch, f"answers, {condition}")
         replies[condition] = dict(zip((s.id for s in there), answers, strict=True))
@@ -1035,9 +1035,8 @@ def parse():
     common.add_argument("--out", type=Path, help="JSON file for the summary and one item per question")
     common.add_argument("--videos", type=Path, help="folder of the videos (toy: where to keep its clips)")
     common.add_argument("--features", type=Path, help="folder that keeps Z_vision for other runs of the same encoder")
-    common.add_argument(
-        "--no_controls", dest="controls", action="store_false", help="neither black, shuffled nor one frame"
-    )
+    what = f"which controls, of {', '.join(CONTROLS)}; none: give no name (default all)"
+    common.add_argument("--controls", nargs="*", choices=CONTROLS, default=CONTROLS, metavar="NAME", help=what)
     common.add_argument("--processes", type=positive, default=os.cpu_count(), help="processes that look at videos")
     common.add_argument("--batch", type=positive, default=64, help="questions answered together (default 64)")
     common.add_argument("--judge_url", help="OpenAI-compatible endpoint that judges open answers, https://…/v1")

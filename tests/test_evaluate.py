@@ -95,7 +95,7 @@ def test_the_likeliest_option_is_the_one_that_is_likeliest_by_itself(result, mod
 
 
 def test_a_missing_video_is_an_error_unless_allowed(place):
-    shared = ["jsonl", "--annotations", place / "lost.jsonl", "--videos", place / "videos", "--no_controls"]
+    shared = ["jsonl", "--annotations", place / "lost.jsonl", "--videos", place / "videos", "--controls"]
     shared += ["--features", place / "features", "--processes", 1]
     says = call(*shared, check=2)
     assert says.startswith("error: 1 of 6 videos are missing, for example lost.mp4") and "--allow_missing" in says
@@ -104,7 +104,7 @@ def test_a_missing_video_is_an_error_unless_allowed(place):
     found = json.loads(out.read_text())
     lost = next(i for i in found["items"] if i["id"] == "l")
     assert lost["trouble"] == "missing" and not lost["correct"] and found["summary"]["missing_videos"] == ["lost.mp4"]
-    assert "black_accuracy" not in found["summary"] and "blind_accuracy" in found["summary"]
+    assert not {"black_accuracy", "blind_accuracy"} & found["summary"].keys()
 
 
 def test_a_killed_evaluation_goes_on_and_gives_the_same_file(result, place):
@@ -192,7 +192,7 @@ def test_majority_and_chance_by_hand():
 
 
 def test_limit_takes_a_fair_sample_and_counts_the_rest(place):
-    shared = ["jsonl", "--annotations", place / "asked.jsonl", "--videos", place / "videos", "--no_controls"]
+    shared = ["jsonl", "--annotations", place / "asked.jsonl", "--videos", place / "videos", "--controls"]
     shared += ["--features", place / "features", "--processes", 1, "--limit", 5, "--out", place / "few.json"]
     shown = call(*shared)
     found = json.loads((place / "few.json").read_text())

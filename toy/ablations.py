@@ -24,7 +24,7 @@ from toy import world
 from vidreason import VidReasonError, read_config
 
 DATA = ROOT / "runs" / "world" / "train"
-STEPS, VIDEOS, STORIES = {"llm": 2400, 1: 300, 2: 200}, 3000, 16000
+STEPS, VIDEOS, STORIES = {"llm": 2000, 1: 300, 2: 160}, 3000, 16000
 VARIANTS = {  # → how each differs from the full recipe
     "full": {},
     "w/o fusion core": {"config": {"fusion_layers": 0, "num_queries": 1}},  # mean of Z_vision and a linear layer
@@ -126,7 +126,7 @@ def train_and_score(runs, name, seed, args):
         call("train.py", "--stage", 2, "--max_steps", STEPS[2], "--output_dir", out / "stage2", *data, *common)
         model = out / "stage2" / "model"
     out.mkdir(parents=True, exist_ok=True)
-    asked = ["--seed", args.seed, "--clips", args.clips, "--split", args.split, "--no_controls", "--processes", 1]
+    asked = ["--seed", args.seed, "--clips", args.clips, "--split", args.split, "--controls", "--processes", 1]
     asked += ["--videos", runs / "clips", "--features", test_features]
     call("evaluate.py", "toy", "--model", model, "--out", score, *asked)
     return score
@@ -194,7 +194,7 @@ def ablate(args):
     runs.mkdir(parents=True, exist_ok=True)
     write_data(runs)
     own = [name for name in VARIANTS if name != "full"]
-    rounds = [[(name, seed) for name in part for seed in seeds] for part in (["full"], own)]  # own may need full's
+    rounds = [[(name, seed) for name in part] for seed in seeds for part in (["full"], own)]  # own may need full's
     with (
         ThreadPoolExecutor(args.processes) as pool,
         tqdm(total=len(VARIANTS) * (1 + args.seeds), desc="ablations") as bar,
