@@ -343,7 +343,7 @@ class FusionCore(nn.Module):
             z = z + time_embedding(times, z.shape[-1]).to(z.dtype)
         queries, all_weights = self.queries.expand(len(z), -1, -1), []
         if not self.layers:  # the paper's ablation "w/o fusion core": the mean of Z_vision and a linear projection
-            queries = (z * key_mask[..., None]).sum(1, keepdim=True) / key_mask.sum(1)[:, None, None]
+            queries = queries + (z * key_mask[..., None]).sum(1, keepdim=True) / key_mask.sum(1)[:, None, None]
         for layer in self.layers:
             queries, weights = layer(queries, z, key_mask, return_weights)
             all_weights.append(weights)

@@ -227,5 +227,5 @@ def test_the_ablated_model_without_fusion_core_is_a_mean_and_a_linear_layer(mode
     core = FusionCore(replace(model.config, fusion_layers=0, num_queries=1, time_embedding=False), 16).eval()
     z, mask = torch.randn(2, 5, model.config.encoder_width), torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]).bool()
     found = core(z, torch.zeros(2, 5), mask)
-    by_hand = core.linear_proj(core.norm_out(core.proj_in(core.norm_in(z[0, :3])).mean(0, keepdim=True)))
+    by_hand = core.linear_proj(core.norm_out(core.queries + core.proj_in(core.norm_in(z[0, :3])).mean(0)))
     assert found.shape == (2, 1, 16) and torch.allclose(found[0], by_hand, atol=1e-6)

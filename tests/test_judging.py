@@ -300,6 +300,27 @@ def test_judge_that_cannot_work_says_so(server, tmp_path):
         judged(server, tmp_path, "plain", "plain")
 
 
+def test_the_judge_from_the_command_line(server, tmp_path):
+    """Another system's open answers: words counted, then judged; the rerun asks nothing and gives the same."""
+    rows = [{"id": i, "video": "v", "question": f"q{i}?", "answer": "it fell down here"} for i in range(3)]
+    said = [{"id": i, "prediction": w} for i, w in enumerate(["plain thing", "best it fell down here", "words"])]
+    for name, found in (("asked", rows), ("said", said)):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, found)))
+    command = [sys.executable, "evaluate.py", "jsonl", "--annotations", tmp_path / "asked.jsonl"]
+    command += ["--predictions", tmp_path / "said.jsonl", "--judge_url", server, "--judge_model", "some-model"]
+    command += ["--judge_cache", tmp_path / "kept", "--out", tmp_path / "out.json"]
+    outs = []
+    for _ in range(2):
+        done = subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        outs.append(json.loads((tmp_path / "out.json").read_text()))
+        assert "BLEU-1" in done.stdout and "2 answers, 1 not judged" in done.stdout
+    assert outs[0] == outs[1] and asked(server)["plain"] == 1
+    summary, items = outs[0]["summary"], outs[0]["items"]
+    assert summary["judge"]["insightfulness"] == 6.5 and items[1]["judge"]["logical_coherence"] == 10
+    assert 0 < summary["open_ended"]["BLEU-1"] < 1 and summary["open_ended"]["n"] == 3
+
+
 def test_judge_prompt_has_the_papers_axes():
     prompt = evaluate.judge_prompt("why?", "it {fell}", "it flew")
     for text in ("Factual Grounding", "Logical Coherence", "Insightfulness"):
@@ -414,3 +435,24 @@ def test_compare_refuses_other_questions(tmp_path):
     (tmp_path / "text").write_text("{}")
     with pytest.raises(VidReasonError, match="no result file"):
         evaluate.compare(a, tmp_path / "text")
+
+
+# --------------------------------------------------------------------------- all replies that people judged
+
+
+def agreement(folder):
+    """VLM4D's processed_outputs_paper_results: how often the extractor decides, and then judges as people did."""
+    decided, agreed, replies = 0, 0, 0
+    for path in sorted(Path(folder).rglob("*.json")):
+        for row in json.loads(path.read_text()):
+            options = [str(row["choices"][letter]) for letter in sorted(row["choices"])]
+            choice = extract_choice(row["response"] or "", options)
+            replies += 1
+            if choice is not None:
+                decided += 1
+                agreed += (options[choice] == str(row["ground_truth_answer"])) == row["correct"]
+    return f"{replies} replies: {decided / replies:.4f} decided, {agreed / decided:.4f} of these as people judged them"
+
+
+if __name__ == "__main__":
+    print(agreement(sys.argv[1]))
