@@ -168,7 +168,8 @@ def score_predictions(benchmark, samples, predictions, extract=None, same=exact,
         right, read, trouble = verdict(s, said, extract or extract_choice, same)
         gold = list(s.truths) if s.options and s.truths else s.answer if s.gold is None else s.gold
         item = {"id": s.id, "video": s.video, "type": s.category, "question": s.question, "options": s.options}
-        item |= {"gold": gold, "prediction": said, "read": read, "correct": right}
+        also = {} if s.options or not s.truths else {"also_right": list(s.truths)}
+        item |= {"gold": gold, **also, "prediction": said, "read": read, "correct": right}
         items.append({**item, "trouble": trouble if s.id in predictions else "missing"})
         for group in groups_of(benchmark, s) if s.options and s.truths else ():
             per_option_hits[group] += [one is truth for one, truth in zip(read, s.truths, strict=True)]
@@ -509,7 +510,8 @@ def evaluate_model(args, model, samples, work, protocol, same=exact):
         extra = {k: v for k, v in replies["full"].get(sample.id, {}).items() if k != "said"}
         others = {name: replies[name].get(sample.id, {}).get("said") for name in replies if name != "full"}
         item |= extra | {"controls": {n: {"said": o, "correct": columns[n][number]} for n, o in others.items()}}
-        item["trouble"] = bad.get(sample.video) and "unreadable" or item["trouble"]
+        if sample.video in bad:
+            item["trouble"] = "unreadable"
     summary |= {name: sum(item["trouble"] == name for item in items) for name in ("missing", "unreadable")}
     return summary | {"missing_videos": lost, "unreadable_videos": bad}, items
 
@@ -971,7 +973,8 @@ def score_words(args, summary, items):
         return
     if args.benchmark != "toy":
         said = [i["prediction"] if isinstance(i["prediction"], str) else "" for i in open_items]
-        found = summary["open_ended"] = open_ended(said, [i["gold"] for i in open_items], args.bert_model)
+        truths = [[i["gold"], *i.get("also_right", ())] for i in open_items]
+        found = summary["open_ended"] = open_ended(said, truths, args.bert_model)
         print("words: " + ", ".join(f"{k} {v:.3f}" for k, v in found.items() if isinstance(v, float)))
         for why in sorted(set(found["missing"].values())):
             print(f"not computed: {why}")
@@ -991,7 +994,9 @@ def score_words(args, summary, items):
 def evaluate(args):
     if args.out:  # an hour's work should not be lost to a folder that cannot be written
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.with_name(args.out.name + ".partial").touch()
+        probe = args.out.with_name(args.out.name + ".partial")
+        probe.touch()
+        probe.unlink()
     replies = getattr(args, "predictions", None)
     summary, items, origin = run_predictions(args) if replies else run_model(args)
     print_table(summary)

@@ -34,7 +34,7 @@ def test_toy_clips_cover_every_type():
 @pytest.fixture(scope="module")
 def scores(tmp_path_factory):
     out = tmp_path_factory.mktemp("shipped") / "scores.json"
-    options = ["--seed", "11", "--clips", "60", "--split", "val", "--out", str(out)]
+    options = ["--seed", "11", "--clips", "60", "--split", "val", "--controls", "blind", "--out", str(out)]
     subprocess.run([sys.executable, "evaluate.py", "toy", *options], cwd=ROOT, check=True, capture_output=True)
     return json.loads(out.read_text())["summary"]
 
