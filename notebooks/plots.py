@@ -20,10 +20,18 @@ def use_style():
 
 
 def show(ax, image, title=""):
-    """An image, (H, W, 3) or (3, H, W), without ticks."""
-    image = np.asarray(image)
-    ax.imshow(image.transpose(1, 2, 0) if image.shape[0] == 3 else image, interpolation="nearest")
+    """An image without ticks: (H, W, 3), (3, H, W) or brightness (H, W), uint8 or in [0, 1]."""
+    ax.imshow(_picture(image), interpolation="nearest", cmap="gray", vmin=0, vmax=255)
     ax.set(xticks=[], yticks=[], title=title)
+    ax.spines[:].set(visible=True, linewidth=0.5)
+
+
+def _picture(image):
+    """-> uint8, colours last, in coarse steps: a camera's noise would make up most of a notebook's bytes."""
+    image = np.asarray(image)
+    image = image.transpose(1, 2, 0) if image.shape[0] == 3 else image
+    image = image if image.dtype == np.uint8 else (255 * image).round().astype(np.uint8)
+    return image // 8 * 8 + 4
 
 
 def strip(images, titles, columns=8, size=1.2):
@@ -41,7 +49,7 @@ def strip(images, titles, columns=8, size=1.2):
 def heat(ax, matrix, xlabel, ylabel, title="", numbers=False, **options):
     """A matrix as brightness, bright = large; numbers=True also writes each value."""
     matrix = np.asarray(matrix)
-    picture = ax.imshow(matrix, aspect="auto", **{"cmap": "gray", **options})
+    picture = ax.imshow(matrix, **{"aspect": "auto", "cmap": "gray", **options})
     ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
     if numbers:
         for (y, x), value in np.ndenumerate(matrix):
@@ -58,3 +66,49 @@ def bars(ax, names, values, xlabel, errors=None):
     for at, value in zip(y, values, strict=True):
         ax.text(0, at, f" {value:.2f}", va="center", ha="left")
     ax.set(yticks=y, yticklabels=names, xlabel=xlabel)
+
+
+def time_line(frames, starts, clip_ends, marked=(), title=""):
+    """Frames (n, 3, H, W) where they stand in time, clips as brackets below, triangles at the marked seconds."""
+    step = starts[1] - starts[0]
+    _, ax = plt.subplots(figsize=(10, 1.7))
+    for frame, start in zip(frames, starts, strict=True):
+        extent = (start + 0.04 * step, start + 0.96 * step, 0, 0.92)
+        ax.imshow(_picture(frame), extent=extent, aspect="auto", interpolation="nearest")
+    for i, (begin, end) in enumerate(zip([0, *clip_ends[:-1]], clip_ends, strict=True)):
+        ax.plot([begin + 0.02, begin + 0.02, end - 0.02, end - 0.02], [-0.1, -0.2, -0.2, -0.1], "k-", marker="")
+        ax.text((begin + end) / 2, -0.3, f"clip {i}", ha="center", va="top")
+    ax.plot(marked, [1.06] * len(marked), "kv", linestyle="none")
+    ax.set_title(title, loc="left")
+    ax.set(xlim=(-0.02, clip_ends[-1] + 0.02), ylim=(-0.65, 1.2), yticks=[], xlabel="time in seconds")
+    ax.spines["left"].set_visible(False)
+    plt.show()
+
+
+def grid(ax, cells, **options):
+    """Lines between the cells x cells patches of the square image in ax."""
+    (left, right), (bottom, top) = ax.get_xlim(), ax.get_ylim()
+    style = {"color": "white", "lw": 0.8, "ls": "-", "marker": "", **options}
+    for i in range(1, cells):
+        ax.axvline(left + (right - left) * i / cells, **style)
+        ax.axhline(top + (bottom - top) * i / cells, **style)
+
+
+def box(ax, cell, cells, side, text="", **options):
+    """A frame around one patch, counted row by row, of an image of side pixels."""
+    size, (row, column) = side / cells, divmod(int(cell), cells)
+    style = {"fill": False, "lw": 2.5, "edgecolor": "black", **options}
+    ax.add_patch(plt.Rectangle((column * size - 0.5, row * size - 0.5), size, size, **style))
+    ax.text((column + 0.5) * size, (row + 0.5) * size, text, ha="center", va="center", fontweight="bold")
+
+
+def squares(ax, image, values, title="", largest=None):
+    """The image, faded, and in each patch a black square whose area is the patch's value."""
+    image, values = _picture(image) / 255, np.asarray(values)
+    show(ax, 1 - 0.5 * (1 - image), title)
+    cells, side = int(len(values) ** 0.5), len(image)
+    size = side / cells
+    edges = size * np.sqrt(values / (largest or values.max()))
+    for i, edge in enumerate(edges):
+        x, y = (i % cells + 0.5) * size - 0.5, (i // cells + 0.5) * size - 0.5
+        ax.add_patch(plt.Rectangle((x - edge / 2, y - edge / 2), edge, edge, color="black", lw=0))
