@@ -156,7 +156,8 @@ assert near > far + 0.3
 # %%
 fig, axes = plt.subplots(1, 4, figsize=(8.4, 2.2))
 for ax, i in zip(axes, (9, 27, 47, 56)):
-    picture = plots.heat(ax, alike[i].view(8, 8), "column (patches)", "row (patches)", f"like patch {i}", aspect="equal")
+    labels = "column (patches)", "row (patches)", f"like patch {i}"
+    picture = plots.heat(ax, alike[i].view(8, 8), *labels, aspect="equal")
     picture.set_clim(-1, 1)
     plots.box(ax, i, 8, 8, edgecolor="black")
 fig.colorbar(picture, ax=axes, label="cosine")

@@ -58,13 +58,13 @@ def heat(ax, matrix, xlabel, ylabel, title="", numbers=False, **options):
     return picture
 
 
-def bars(ax, names, values, xlabel, errors=None):
-    """Horizontal bars, each with its value at the end. errors: (low, high) of each, as absolute values."""
+def bars(ax, names, values, xlabel, errors=None, form=".2f"):
+    """Horizontal bars, each with its value written on it. errors: (low, high) of each, as absolute values."""
     y = np.arange(len(names))[::-1]
     spread = None if errors is None else np.abs(np.asarray(errors, float).T - np.asarray(values))
     ax.barh(y, values, color="0.75", edgecolor="black", xerr=spread, capsize=3)
     for at, value in zip(y, values, strict=True):
-        ax.text(0, at, f" {value:.2f}", va="center", ha="left")
+        ax.text(0, at, f" {value:{form}}", va="center", ha="left")
     ax.set(yticks=y, yticklabels=names, xlabel=xlabel)
 
 
@@ -112,3 +112,41 @@ def squares(ax, image, values, title="", largest=None):
     for i, edge in enumerate(edges):
         x, y = (i % cells + 0.5) * size - 0.5, (i // cells + 0.5) * size - 0.5
         ax.add_patch(plt.Rectangle((x - edge / 2, y - edge / 2), edge, edge, color="black", lw=0))
+
+
+def outlines(ax, image, masks, title="", numbers=True):
+    """The image with a line around each mask (K, S, S), numbered; masks in the same place share a label."""
+    show(ax, image, title)
+    masks = np.asarray(masks)
+    for i, mask in enumerate(masks):
+        ax.contour(mask, levels=[0.5], colors="black", linewidths=1.5, linestyles=["-", "--", ":"][i % 3])
+    if numbers:
+        centres = [np.argwhere(mask).mean(0)[::-1] for mask in masks]
+        for place, text in _merged(centres, [str(i) for i in range(len(masks))], 6):
+            white = {"facecolor": "white", "edgecolor": "none", "pad": 0.8, "alpha": 0.8}
+            ax.text(*place, text, ha="center", va="center", fontsize=7, bbox=white)
+
+
+def _merged(points, texts, near):
+    """-> [(point, text)], where points nearer than `near` to an earlier one add their text to that one's."""
+    labels = []
+    for point, text in zip(points, texts, strict=True):
+        twin = next((label for label in labels if np.hypot(*(label[0] - point)) < near), None)
+        if twin:
+            twin[1] += f", {text}"
+        else:
+            labels.append([point, text])
+    return labels
+
+
+def tracks(ax, points, owners, seconds, names, colours):
+    """Points (n, 2) of named things, joined in the order of time: own marker, own dashes, times beside them."""
+    points, owners, seconds = np.asarray(points), np.asarray(owners), np.asarray(seconds)
+    near = 0.04 * np.hypot(*np.ptp(points, axis=0))
+    for i, (name, colour) in enumerate(zip(names, colours, strict=True)):
+        mine = points[owners == i]
+        ax.plot(*mine.T, color="0.4", marker="", linestyle=STYLES[i], lw=1)
+        ax.plot(*mine.T, color=colour, marker=MARKERS[i], linestyle="none", markeredgecolor="black", label=name, ms=8)
+        for point, text in _merged(mine, [f"{t:.1f}" for t in seconds[owners == i]], near):
+            ax.annotate(f"{text} s", point, xytext=(6, 5), textcoords="offset points", fontsize=7)
+    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
