@@ -179,29 +179,27 @@ plt.show()
 # [`EncoderBlock`](code:vidreason.EncoderBlock) does not keep $A$, because fast attention never writes it down.
 # We recompute it from the block's own projections. A *hook* hands us what the attention layer read and returned.
 
+
 # %%
-seen = {}
-
-
-def remember(layer):
-    def hook(module, inputs, output):
-        seen[layer] = inputs[0][0], output[0][0]  # (1 + 2 P, D_v) read, (1 + 2 P, D_v) returned
-
-    return hook
+def watch(parts, clips):
+    """What each part reads and returns while the encoder reads clips: [(read, returned), ...]."""
+    seen = []
+    hooks = [part.register_forward_hook(lambda module, inputs, out: seen.append((inputs[0], out))) for part in parts]
+    encoder(clips)
+    for hook in hooks:
+        hook.remove()
+    return seen
 
 
 blocks = encoder.transformer["resblocks"]
-hooks = [block.attn.register_forward_hook(remember(i)) for i, block in enumerate(blocks)]
-cls, patches = encoder(clip[None])
-for hook in hooks:
-    hook.remove()
+seen = [(read[0], returned[0]) for read, (returned, _) in watch([block.attn for block in blocks], clip[None])]
 print("sequence", tuple(seen[0][0].shape), "= (1 + 2 P, D_v)")
 
 
 # %%
 def attention_of(layer):
     """A of one block, (heads, 1 + 2 P, 1 + 2 P), and the block's output computed from it."""
-    attn, x = blocks[layer].attn, seen[layer][0]
+    attn, (x, _) = blocks[layer].attn, seen[layer]
     q, k, v = F.linear(x, attn.in_proj_weight, attn.in_proj_bias).chunk(3, dim=-1)
     q, k, v = (y.unflatten(-1, (attn.num_heads, -1)).transpose(0, 1) for y in (q, k, v))  # (heads, 1 + 2 P, d_k)
     A = (q @ k.transpose(1, 2) / q.shape[-1] ** 0.5).softmax(-1)
@@ -263,24 +261,14 @@ clips = frames.float() / 255  # (N_t, F, 3, H, W)
 painted = clips.clone()
 painted[1, 0, :, 36:48, 36:48] = 0
 
-
-def stages(clips):
-    """The sequence as it enters the first block and as it leaves each block: list of (N_t, 1 + 2 P, D_v)."""
-    out = []
-    layers = [encoder.ln_pre, *blocks]
-    hooks = [layer.register_forward_hook(lambda module, inputs, output: out.append(output)) for layer in layers]
-    encoder(clips)
-    for hook in hooks:
-        hook.remove()
-    return out
-
-
-before, after = stages(clips), stages(painted)
+stages = [encoder.ln_pre, *blocks]  # the sequence as it enters the first block and as it leaves each block
+before, after = ([out for _, out in watch(stages, c)] for c in (clips, painted))  # each (N_t, 1 + 2 P, D_v)
 effect = [(x - y).norm(dim=-1) / x.norm(dim=-1) for x, y in zip(before, after)]  # each (N_t, 1 + 2 P)
 
 # %%
 predicted = [1, 1 + 2 * P, 0]
-measured = [int((effect[0][1] > 0).sum()), int((effect[1][1] > 0).sum()), int((effect[-1][[0, 2, 3]] > 0).sum())]
+others = effect[-1][[0, 2, 3]]
+measured = [int((tokens > 1e-6).sum()) for tokens in (effect[0][1], effect[1][1], others)]
 print("changed tokens: after embedding, after one block, in other clips:", measured)
 assert measured == predicted
 

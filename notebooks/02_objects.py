@@ -89,7 +89,7 @@ fig, axes = plt.subplots(1, 4, figsize=(8.4, 2.5))
 plots.show(axes[0], keyframe, "the prompt: one point")
 axes[0].plot(x, y, "k+", markersize=14, markeredgewidth=2)
 for ax, mask, guess, truth in zip(axes[1:], guesses, predicted_iou, true_iou):
-    plots.outlines(ax, keyframe, mask[None], f"IoU: SAM says {guess:.2f}, true {truth:.2f}", numbers=False)
+    plots.outlines(ax, keyframe, mask[None], f"IoU: SAM says {guess:.2f}, true {truth:.2f}", labels=[])
 plt.show()
 assert max(true_iou) > 0.7
 
@@ -218,7 +218,7 @@ assert torch.allclose(weights.sum(1), torch.ones(len(masks)))
 
 fig, axes = plt.subplots(1, 4, figsize=(9, 2.6))
 for i, ax in enumerate(axes):
-    plots.outlines(ax, 0.7 + 0.3 * keyframe / 255, masks[i : i + 1], f"mask {i}: share of each patch, %", numbers=False)
+    plots.outlines(ax, 0.7 + 0.3 * keyframe / 255, masks[i : i + 1], f"mask {i}: share of each patch, %", labels=[])
     plots.grid(ax, 8, color="gray", alpha=0.4)
     for patch in weights[i].nonzero().flatten().tolist():
         place = patch % 8 * 12 + 5.5, patch // 8 * 12 + 5.5

@@ -36,7 +36,7 @@ if "google.colab" in sys.modules and not os.path.exists("../vidreason.py"):
     os.chdir("project/notebooks")
 sys.path.insert(0, os.path.abspath(".."))
 os.environ |= {{"OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}}
-warnings.filterwarnings("ignore", message="IProgress")  # plain progress bars will do"""
+warnings.filterwarnings("ignore")  # advice of libraries to programmers"""
 
 
 class BuildError(Exception):

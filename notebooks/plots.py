@@ -47,14 +47,15 @@ def strip(images, titles, columns=8, size=1.2):
 
 
 def heat(ax, matrix, xlabel, ylabel, title="", numbers=False, **options):
-    """A matrix as brightness, bright = large; numbers=True also writes each value."""
+    """A matrix as brightness, bright = large; numbers=True, or a format such as ".3f", also writes each value."""
     matrix = np.asarray(matrix)
     picture = ax.imshow(matrix, **{"aspect": "auto", "cmap": "gray", **options})
     ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
     if numbers:
         for (y, x), value in np.ndenumerate(matrix):
             dark = picture.norm(value) < 0.5
-            ax.text(x, y, f"{value:.2f}", ha="center", va="center", color="white" if dark else "black")
+            text = format(value, ".2f" if numbers is True else numbers)
+            ax.text(x, y, text, ha="center", va="center", color="white" if dark else "black")
     return picture
 
 
@@ -114,17 +115,17 @@ def squares(ax, image, values, title="", largest=None):
         ax.add_patch(plt.Rectangle((x - edge / 2, y - edge / 2), edge, edge, color="black", lw=0))
 
 
-def outlines(ax, image, masks, title="", numbers=True):
-    """The image with a line around each mask (K, S, S), numbered; masks in the same place share a label."""
+def outlines(ax, image, masks, title="", labels=None):
+    """The image with a line around each mask (K, S, S) and its label, by default its number; labels=[]: none."""
     show(ax, image, title)
     masks = np.asarray(masks)
     for i, mask in enumerate(masks):
         ax.contour(mask, levels=[0.5], colors="black", linewidths=1.5, linestyles=["-", "--", ":"][i % 3])
-    if numbers:
-        centres = [np.argwhere(mask).mean(0)[::-1] for mask in masks]
-        for place, text in _merged(centres, [str(i) for i in range(len(masks))], 6):
-            white = {"facecolor": "white", "edgecolor": "none", "pad": 0.8, "alpha": 0.8}
-            ax.text(*place, text, ha="center", va="center", fontsize=7, bbox=white)
+    centres = [np.argwhere(mask).mean(0)[::-1] for mask in masks]
+    labels = [str(i) for i in range(len(masks))] if labels is None else labels
+    white = {"facecolor": "white", "edgecolor": "none", "pad": 0.8, "alpha": 0.8}
+    for place, text in _merged(centres[: len(labels)], labels, 6):
+        ax.text(*place, text, ha="center", va="center", fontsize=7, bbox=white)
 
 
 def _merged(points, texts, near):
