@@ -1,8 +1,8 @@
 # %% [markdown]
 # # 1 · From pixels to clip tokens
 #
-# **Question.** A video of four seconds is half a million numbers. The model keeps four vectors of it, one for each
-# second. How do they come out of the pixels, and does such a vector know that something *moved*?
+# **Question.** A video of four seconds is half a million numbers. As a first summary the model keeps four vectors, one
+# for each second. How do they come out of the pixels, and does such a vector know that something *moved*?
 #
 # **Run time.** About 30 seconds on two CPU cores. Nothing is downloaded.
 #

@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 import torch.nn.functional as F
 from segment_anything import SamPredictor
@@ -50,9 +51,12 @@ encoder, sam = load_vision(config, "../toy/weights")
 
 
 # %%
+folder = tempfile.TemporaryDirectory()  # deleted with the kernel
+
+
 def film(scene):
     """-> path of a scene's mp4, and which thing owns each pixel of its keyframes: (N_t, S, S), 0 = the table."""
-    path = Path(tempfile.mkdtemp()) / "scene.mp4"
+    path = Path(folder.name) / f"{world.title(scene)}-{scene.seed[2]}.mp4"
     pixels, owner = world.render(scene)
     world.write_mp4(path, pixels)
     return path, torch.from_numpy(owner)[config.frames_per_clip // 2 :: config.frames_per_clip]
@@ -78,13 +82,14 @@ plots.strip(keyframes, [f"keyframe of clip {i}: {t:.1f} s" for i, t in enumerate
 
 # %%
 keyframe = keyframes[0]
-y, x = (owner[0] == 2).nonzero().float().mean(0)  # the middle of thing 1, an egg
+egg = (owner[0] == 2).numpy()  # thing 1
+y, x = egg.nonzero()[0].mean(), egg.nonzero()[1].mean()
 predictor = SamPredictor(sam)
 predictor.set_image(keyframe)
-guesses, predicted_iou, _ = predictor.predict(torch.tensor([[x, y]]).numpy(), torch.ones(1).numpy())
+guesses, predicted_iou, _ = predictor.predict(np.array([[x, y]]), np.ones(1))
 print("masks", guesses.shape, "for one point")
 
-true_iou = [float((g & t).sum() / (g | t).sum()) for t in [(owner[0] == 2).numpy()] for g in guesses]
+true_iou = [(mask & egg).sum() / (mask | egg).sum() for mask in guesses]
 fig, axes = plt.subplots(1, 4, figsize=(8.4, 2.5))
 plots.show(axes[0], keyframe, "the prompt: one point")
 axes[0].plot(x, y, "k+", markersize=14, markeredgewidth=2)
@@ -137,7 +142,7 @@ plots.bars(axes[2], list(counts), list(counts.values()), "masks", form="d")
 plt.show()
 
 # %% [markdown]
-# Two numbers at one place: that thing was masked twice. The suppression compares boxes, and theirs differ enough.
+# Where two numbers stand at one place, a thing was masked twice: the suppression compares boxes, and theirs differ.
 #
 # ### Does it find the things?
 #
@@ -245,18 +250,18 @@ print("the matmul form is no less exact than the sum over pixels:", bool(fast_er
 assert fast_error <= slow_error
 
 # %% [markdown]
-# Equal to the last digits that floats allow. In `float64` even a sum of hundreds of `float32` numbers is exact, so
-# that nothing is left but the last rounding. Where the two differ in `float32`, the short sum is the better one: it
+# Equal to the last digits that floats allow. In `float64` even a sum of hundreds of `float32` numbers is all but exact,
+# so that little is left but the last rounding. Where the two differ in `float32`, the short sum is the better one: it
 # rounds 64 times, the other once for each pixel. Is it also faster?
 
 
 # %% tags=["timing"]
-def seconds(function, times):
+def seconds(function, repeats):
     function()  # the first call pays for warming up
     began = time.perf_counter()
-    for _ in range(times):
+    for _ in range(repeats):
         function()
-    return (time.perf_counter() - began) / times
+    return (time.perf_counter() - began) / repeats
 
 
 ratio = seconds(lambda: literal(patches[0, step], masks), 3) / seconds(lambda: mask_pool(patches[0, step], masks), 30)
@@ -295,7 +300,7 @@ ax.set(xlabel="first principal direction (arbitrary units)", ylabel="second prin
 plt.show()
 
 # %% [markdown]
-# The four things lie apart, and each stays with itself. From 2.5 s on nothing happens, and no token moves. Before
+# The four things lie apart, and each stays with itself. From 2.5 s on nothing happens, and the tokens rest. Before
 # that, all do: those of things that move or break, but also those of their neighbours, because a patch vector has
 # attended to the rest of its clip (notebook 1). What happens to a thing is in its token, not only its looks.
 

@@ -2,6 +2,7 @@
 
     python notebooks/build.py                # all of them
     python notebooks/build.py 02_objects     # one; the .py's name works too
+    python notebooks/build.py --text         # only text or line numbers changed: seconds, nothing is executed
 
 Edit the .py (cells start with "# %%", text with "# %% [markdown]"), build, commit both files. Building adds what every
 notebook has in common: the line of links under the title, the setup cell after it, collapsed solutions (cells tagged
@@ -117,20 +118,36 @@ def execute(notebook, seconds=1800):
     return notebook
 
 
+def keep_outputs(notebook, built):
+    """Give a notebook the outputs that are stored in its built file, whose code must be the same."""
+    stored = [cell for cell in nbformat.read(built, as_version=4).cells if cell.cell_type == "code"]
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    if [cell.source for cell in cells] != [cell.source for cell in stored]:
+        raise BuildError(f"the code of {built.name} has changed: build it without --text")
+    for cell, old in zip(cells, stored, strict=True):
+        cell.outputs, cell.execution_count = old.outputs, old.execution_count
+    return notebook
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help="such as 02_objects; none: all")
-    names = {Path(name).stem for name in parser.parse_args().names}
+    parser.add_argument("--text", action="store_true", help="execute nothing, keep the stored outputs")
+    args = parser.parse_args()
+    names = {Path(name).stem for name in args.names}
     unknown = names - {path.stem for path in sources()}
     if unknown:
         parser.error(f"no such notebook: {', '.join(sorted(unknown))}")
     for path in sources():
         if not names or path.stem in names:
             began, built, aside = time.monotonic(), path.with_suffix(".ipynb"), path.with_suffix(".partial")
-            nbformat.write(execute(read(path)), aside)
+            nbformat.write(keep_outputs(read(path), built) if args.text else execute(read(path)), aside)
             os.replace(aside, built)
             print(f"{built.name}: {time.monotonic() - began:.0f} s, {built.stat().st_size / 1000:.0f} kB", flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (BuildError, nbclient.exceptions.CellExecutionError) as error:
+        raise SystemExit(f"error: {error}") from None

@@ -48,7 +48,8 @@ def test_notebook_runs_and_stored_outputs_match(name):
 def test_notebook_has_what_every_notebook_needs(name):
     notebook, path = stored(name), build.HERE / f"{name}.ipynb"
     first, code = notebook.cells[0].source, [c for c in notebook.cells if c.cell_type == "code"]
-    assert re.search(r"\*\*Question\.\*\* .+\?", first) and re.search(r"\*\*Run time\.\*\* .+(second|minute)", first)
+    assert re.search(r"^\*\*Question\.\*\*(.|\n(?!\n))+\?", first, re.MULTILINE)
+    assert re.search(r"^\*\*Run time\.\*\* .+(second|minute)", first, re.MULTILINE)
     assert f"({build.HOSTED}/{name}.ipynb)" in first
     at = NOTEBOOKS.index(name)
     for neighbour in NOTEBOOKS[max(0, at - 1) : at] + NOTEBOOKS[at + 1 : at + 2]:
@@ -65,12 +66,11 @@ def test_notebook_has_what_every_notebook_needs(name):
     assert path.stat().st_size <= 600 * 1024
 
 
-@pytest.mark.parametrize("name", NOTEBOOKS)
-def test_links_lead_somewhere(name):
-    for cell in stored(name).cells:
-        if cell.cell_type == "markdown":
-            for target in re.findall(r"\]\((?!https?:)([^)#\s]+)", cell.source):
-                assert (build.HERE / target).exists(), target
+def test_links_lead_somewhere():
+    texts = [cell.source for name in NOTEBOOKS for cell in stored(name).cells if cell.cell_type == "markdown"]
+    for text in [*texts, (build.HERE / "README.md").read_text()]:
+        for target in re.findall(r"\]\((?!https?:|code:)([^)#\s]+)", text):
+            assert (build.HERE / target).exists(), target
 
 
 def test_every_notebook_is_built_and_listed():
@@ -112,6 +112,28 @@ def test_setup_comes_second_and_solutions_are_collapsed(tmp_path, monkeypatch):
     (tmp_path / "01_t.py").write_text(text.replace("# # T", "# no title"))
     with pytest.raises(build.BuildError, match="title"):
         build.read(tmp_path / "01_t.py")
+
+
+def test_text_is_renewed_without_running(tmp_path):
+    markdown, code = nbformat.v4.new_markdown_cell, nbformat.v4.new_code_cell
+    output = nbformat.v4.new_output("stream", text="3")
+    nbformat.write(
+        nbformat.v4.new_notebook(cells=[markdown("old"), code("f()", outputs=[output])]), tmp_path / "n.ipynb"
+    )
+    new = build.keep_outputs(nbformat.v4.new_notebook(cells=[markdown("new"), code("f()")]), tmp_path / "n.ipynb")
+    assert new.cells[0].source == "new" and new.cells[1].outputs == [output]
+    with pytest.raises(build.BuildError, match="n.ipynb"):
+        build.keep_outputs(nbformat.v4.new_notebook(cells=[code("g()")]), tmp_path / "n.ipynb")
+
+
+def test_outputs_are_compared_by_text_and_pictures():
+    def cell(*outputs):
+        return nbformat.v4.new_code_cell("", outputs=[nbformat.v4.new_output(*o[:1], **o[1]) for o in outputs])
+
+    printed, picture = ("stream", {"text": "(4, 8) 0.51\n"}), ("display_data", {"data": {"image/png": "x"}})
+    assert shown(cell(printed, picture)) == shown(cell(("stream", {"text": "(4, 8) 0.49\n"}), picture))
+    assert shown(cell(printed, picture)) != shown(cell(printed))
+    assert shown(cell(printed)) != shown(cell(("stream", {"text": "(5, 8) 0.51\n"})))
 
 
 def test_a_failing_cell_stops_the_run():
