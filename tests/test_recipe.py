@@ -2,11 +2,16 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+
+from data import FeatureCache
+from toy import ablations, pretrain, world
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -75,3 +80,43 @@ def test_stale_features_are_refused(recipe):
     done = subprocess.run([sys.executable, *command.split()], cwd=ROOT, capture_output=True, text=True)
     fingerprint.write_text(kept)
     assert done.returncode == 2 and "error: features were made by another encoder" in done.stderr
+
+
+def test_ablations(recipe, tmp_path, monkeypatch, capsys):
+    """Four of the variants, tiny, on the shipped LLM: a row each, nothing trained twice, no objects without objects."""
+    runs, out = tmp_path / "ablations", tmp_path / "table.json"
+    shutil.copytree(ROOT / "toy" / "weights" / "llm", runs / "full" / "llm" / "llm")
+    kept = ("full", "w/o fusion core", "w/o object features", "w/o stage 2")
+    monkeypatch.setattr(ablations, "VARIANTS", {name: ablations.VARIANTS[name] for name in kept})
+    monkeypatch.setattr(ablations, "DATA", recipe[0] / "world" / "train")
+    monkeypatch.setattr(ablations, "STEPS", {1: 3, 2: 2})
+    monkeypatch.setattr(ablations, "VIDEOS", 20)
+    where = {"runs": runs, "features": tmp_path / "features", "out": out}
+    args = SimpleNamespace(**where, seeds=1, seed=3, clips=3, split="val", processes=2)
+    ablations.ablate(args)
+    shown, made = capsys.readouterr().out, {p: p.stat().st_mtime_ns for p in runs.rglob("*.safetensors")}
+    rows = json.loads(out.read_text())["variants"]
+    assert list(rows) == list(kept) and all(name in shown for name in kept) and out.with_suffix(".png").exists()
+    for name in kept[1:]:
+        assert rows[name]["difference"] == pytest.approx(rows[name]["accuracy"] - rows["full"]["accuracy"])
+    assert (runs / "full" / "seed0" / "stage2" / "model" / "lora").exists()
+    assert (
+        "stage1/model" in json.loads((runs / "no_stage_2" / "seed0" / "score.json").read_text())["provenance"]["model"]
+    )
+    z = FeatureCache(runs / "features_no_objects")
+    assert len(z.videos) == 20 and not any(z[name].is_object.any() for name in z.videos)
+    z = FeatureCache(tmp_path / "features")
+    assert any(z[name].is_object.any() for name in z.videos)
+    ablations.ablate(args)
+    assert {p: p.stat().st_mtime_ns for p in runs.rglob("*.safetensors")} == made
+    assert json.loads(out.read_text())["variants"] == rows
+
+
+def test_what_world_knowledge_is():
+    told = {"context": "there is a red pin and a blue balloon .", "question": "why ?", "answer": "it popped"}
+    assert ablations.mentions_held_out_pair(told)
+    assert not ablations.mentions_held_out_pair({**told, "context": "there is a red pin and a blue egg ."})
+    story = [pretrain.story_of((0, i, False))[0].split() for i in range(0, 60, 6)]
+    assert not any(pair <= set(words) for words in story for pair in world.HELD_OUT)
+    with_knowledge = [pretrain.story_of((0, i, True))[0].split() for i in range(0, 60, 6)]
+    assert all(any(pair <= set(words) for pair in world.HELD_OUT) for words in with_knowledge)

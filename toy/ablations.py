@@ -25,12 +25,13 @@ from vidreason import VidReasonError, read_config
 
 DATA = ROOT / "runs" / "world" / "train"
 STEPS, VIDEOS, STORIES = {"llm": 2000, 1: 300, 2: 160}, 3000, 16000
+SYNTHETIC = ("explain", "predict")  # types of question: the two parts of Causal-Vid-Instruct
 VARIANTS = {  # → how each differs from the full recipe
     "full": {},
     "w/o fusion core": {"config": {"fusion_layers": 0, "num_queries": 1}},  # mean of Z_vision and a linear layer
     "w/o object features": {"config": {"masks_per_keyframe": 0}},
     "w/o stage 2": {"stages": 1},
-    "w/o synthetic data": {"without": ("explain", "predict")},  # the two parts of Causal-Vid-Instruct
+    "w/o synthetic data": {"without": SYNTHETIC},
     "smaller LLM": {"llm": ["--width", "64", "--layers", "2"]},
     "w/o time embedding": {"config": {"time_embedding": False}},  # the paper as printed
     "w/o world knowledge": {"llm": ["--no_knowledge"]},
@@ -60,9 +61,8 @@ def mentions_held_out_pair(row):
 def write_data(runs):
     """Stage 2's data for the variants that go without a part of it."""
     samples, texts = ((DATA / name).read_text().splitlines() for name in ("samples.jsonl", "text.jsonl"))
-    without = VARIANTS["w/o synthetic data"]["without"]
     kept = {
-        "no_synthetic_data": [line for line in samples if json.loads(line)["type"] not in without],
+        "no_synthetic_data": [line for line in samples if json.loads(line)["type"] not in SYNTHETIC],
         # world knowledge: what kinds do to each other, and stories about the pairs that no video shows
         "no_world_knowledge": [t for t in texts if "context" in t and not mentions_held_out_pair(json.loads(t))],
     }
@@ -87,11 +87,11 @@ def prepare(runs, name):
     return frozen
 
 
-def features(runs, name):
+def features(runs, name, args):
     """Folders of Z_vision: of the training videos, of the test clips."""
     if "masks_per_keyframe" in VARIANTS[name].get("config", {}):
         return runs / "features_no_objects", runs / "seen_no_objects"
-    return ROOT / "runs" / "features", runs / "seen"
+    return args.features or ROOT / "runs" / "features", runs / "seen"
 
 
 def look(runs, args):
@@ -100,7 +100,7 @@ def look(runs, args):
     rows = map(json.loads, (DATA / "samples.jsonl").read_text().splitlines())
     videos = sorted({row["video"] for row in rows})[:VIDEOS]
     for name in ("full", "w/o object features"):
-        frozen, (train, test) = runs / slug(name) / "frozen", features(runs, name)
+        frozen, (train, test) = runs / slug(name) / "frozen", features(runs, name, args)
         for folder, names, out in ((DATA, videos, train), (runs / "clips", clips, test)):
             encode_videos(frozen, read_config(frozen), folder, names, out, args.processes)
 
@@ -108,7 +108,7 @@ def look(runs, args):
 def train_and_score(runs, name, seed, args):
     """Both stages of one variant and seed → its score file. What a killed run left is gone on with."""
     change, out, full = VARIANTS[name], runs / slug(name) / f"seed{seed}", runs / "full" / f"seed{seed}"
-    score, (train_features, test_features) = out / "score.json", features(runs, name)
+    score, (train_features, test_features) = out / "score.json", features(runs, name, args)
     if score.exists():
         return score
     common = ["--seed", seed, "--batch", 16, "--warmup", 30, "--save_every", 50, "--max_videos", VIDEOS]
@@ -159,7 +159,8 @@ def print_rows(rows):
         between, gain = "{:.3f} – {:.3f}".format(*row["interval"]), ""
         if "difference" in row:
             gain = "{:+.3f} ({:+.3f} – {:+.3f})".format(row["difference"], *row["difference_interval"])
-        cells = "".join(f"{row['by_type'][kind]['accuracy']:10.3f}" for kind in SHOWN)
+        cells = (row["by_type"].get(kind) for kind in SHOWN)  # few clips may lack a type
+        cells = "".join(f"{cell['accuracy']:10.3f}" if cell else " " * 10 for cell in cells)
         seeds = " ".join(f"{one:.3f}" for one in row["seeds"])
         print(f"{name:22s}{row['accuracy']:9.3f}{between:>16s}{gain:>24s}{cells}   {seeds}")
 
