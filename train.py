@@ -151,7 +151,7 @@ TOY = dict(batch=32, lr=1e-3, warmup=100, weight_decay=0.02)
 DEFAULTS = {
     ("toy", 1): dict(TOY, max_videos=8000, max_steps=1500, pairs_per_video=1, muon_lr=0.02, text_share=0.0),
     ("toy", 2): dict(
-        TOY, max_videos=8000, max_steps=1500, micro_batch=16, pairs_per_video=7, muon_lr=0.01, text_share=0.5
+        TOY, max_videos=8000, max_steps=1500, micro_batch=16, pairs_per_video=7, muon_lr=0.01, text_share=0.35
     ),
     ("paper", 1): dict(PAPER, batch=2048, lr=1e-4, warmup=2000, epochs=4),
     ("paper", 2): dict(PAPER, batch=256, lr=2e-5, warmup=0.03, epochs=3),

@@ -280,16 +280,19 @@ class TextBatches:
         learns them in minutes.
         """
         n = self.rng.integers(2, 5)
-        kinds = self.rng.choice(world.KINDS[:-1], n, replace=False)
+        kinds = self.rng.choice(world.KINDS[:-1], n)  # like stories, which tell two eggs apart by colour alone
         things = list(zip(self.rng.permutation(list(world.COLOURS))[:n], kinds, strict=True))
         listing = world.listing([world.a(f"{c} {k}") for c, k in things])
-        pairs = [([self.bos, *self.words(f"the {k} is")], self.words(c)) for c, k in things]
+        alone = [(c, k) for c, k in things if (kinds == k).sum() == 1]
+        pairs = [([self.bos, *self.words(f"the {k} is")], self.words(c)) for c, k in alone]
         pairs += [([self.bos, *self.words(world.a(c))], self.words(k)) for c, k in things]
         verbs = [world.PRESENT[v] for v in ("start", "roll", "slide", "drift", "bounce")]
         motions = [(f"{c} {k}", str(self.rng.choice(verbs)), str(self.rng.choice(world.DIRECTIONS))) for c, k in things]
         pairs += [([self.bos, *self.words(f"the {name} moved")], self.words(way)) for name, _, way in motions]
-        told = [f"the {name} {verb} {way} ." for name, verb, way in (motions[i] for i in self.rng.permutation(n))]
-        return self.words(f"there are {world.NUMBERS[n]} objects : {listing} . {' '.join(told)}"), pairs
+        told = [f"the {name} {verb} {way} ." for name, verb, way in motions]
+        told += [f"the {motions[i][0]} hits the {motions[i - 1][0]} ." for i in range(n) if self.rng.random() < 0.5]
+        told = " ".join(told[i] for i in self.rng.permutation(len(told)))
+        return self.words(f"there are {world.NUMBERS[n]} objects : {listing} . {told}"), pairs
 
     def knowledge(self):
         pairs = []
@@ -710,6 +713,7 @@ COMMANDS = [
     "python -m toy.pretrain world",
     "python -m toy.pretrain llm",
     "python -m toy.pretrain llm --init toy/weights/llm --seed 2 --steps 1000 --lookup_steps 200",
+    "python -m toy.pretrain llm --init toy/weights/llm --seed 3 --steps 2000 --lookup_steps 300",
     "python -m toy.pretrain encoder",
     "python -m toy.pretrain sam",
     "python train.py --stage 1",
