@@ -2,7 +2,8 @@
 
     python -m toy.pretrain world       # training and validation videos as mp4, decoded once (runs/world)
     python -m toy.pretrain llm         # stories, questions and world knowledge, text only   (toy/weights/llm)
-    python -m toy.pretrain llm --init toy/weights/llm --seed 2 --steps 1000 --lookup_steps 200   # new stories, more
+    python -m toy.pretrain llm --init toy/weights/llm --seed 2 --steps 1000 --lookup_steps 200   # new stories
+    python -m toy.pretrain llm --init toy/weights/llm --seed 3 --steps 2000 --lookup_steps 300   # and more of them
     python -m toy.pretrain encoder     # the video transformer: what is where, how it moves (toy/weights/encoder…)
     python -m toy.pretrain sam         # segment_anything from point prompts                (toy/weights/sam…)
 
