@@ -216,7 +216,7 @@ def table(path):
 
 
 def read_records(path, place):
-    """Our own layout, see the top of this file, and how WebVid and tar shards become it."""
+    """Our own layout (see data.py); WebVid's .csv and .tar shards become it."""
     rows = {".csv": csv_rows, ".tar": partial(tar_rows, videos=place.videos)}.get(path.suffix, jsonl_rows)
     for row in place(rows(path)):
         yield to_sample(row, place.where)
@@ -457,7 +457,7 @@ def open_tar(path):
 
 ORDERS = {  # what a control shows in place of n frames in their order: n indices
     "shuffled": lambda n, name: np.random.default_rng(zlib.crc32(name.encode())).permutation(n),
-    "one frame": lambda n, name: np.full(n, n // 2),
+    "one_frame": lambda n, name: np.full(n, n // 2),
 }
 
 

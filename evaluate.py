@@ -194,7 +194,7 @@ COLUMNS = {  # of the table, as far as they were measured
     "blind": "blind",
     "black": "black",
     "shuffled": "shuffled",
-    "one frame": "one frame",
+    "one_frame": "one frame",
     "chance": "chance",
     "majority": "majority",
 }
@@ -456,8 +456,8 @@ def seen(args, model, names, work):
     encode_videos(*run, features, **settings)
     caches = {"full": FeatureCache(features)}
     for order in (o for o in ORDERS if o in args.controls):
-        encode_videos(*run, features / order.replace(" ", "_"), order=order, **settings)
-        caches[order] = FeatureCache(features / order.replace(" ", "_"))
+        encode_videos(*run, features / order, order=order, **settings)
+        caches[order] = FeatureCache(features / order)
     conditions = {name: cache.__getitem__ for name, cache in caches.items()}
     conditions["blind"] = lambda video: None
     if "black" in args.controls:
@@ -490,7 +490,7 @@ def evaluate_model(args, model, samples, work, protocol, same=exact):
         raise VidReasonError(f"not one video can be read ({args.videos}): check --videos")
     replies = {}
     for condition in ("full", *args.controls):
-        kept, see = work / f"{condition.replace(' ', '_')}.jsonl", conditions[condition]
+        kept, see = work / f"{condition}.jsonl", conditions[condition]
         answers = ask(model, there, see, protocol, kept, args.batch, f"answers, {condition}")
         replies[condition] = dict(zip((s.id for s in there), answers, strict=True))
 
