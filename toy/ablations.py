@@ -24,7 +24,7 @@ from toy import world
 from vidreason import VidReasonError, read_config
 
 DATA = ROOT / "runs" / "world" / "train"
-STEPS, VIDEOS, STORIES = {"llm": 2000, 1: 300, 2: 160}, 3000, 16000
+STEPS, VIDEOS, STORIES = {"llm": 2000, 1: 250, 2: 120}, 3000, 16000
 SYNTHETIC = ("explain", "predict")  # types of question: the two parts of Causal-Vid-Instruct
 VARIANTS = {  # → how each differs from the full recipe
     "full": {},
