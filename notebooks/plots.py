@@ -151,3 +151,50 @@ def tracks(ax, points, owners, seconds, names, colours):
         for point, text in _merged(mine, [f"{t:.1f}" for t in seconds[owners == i]], near):
             ax.annotate(f"{text} s", point, xytext=(6, 5), textcoords="offset points", fontsize=7)
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+FILLS = {"vision": ("0.75", "////"), "prompt": ("white", ""), "answer": ("0.9", "...."), "padding": ("0.25", "")}
+
+
+def row(ax, kinds, words, predicts=(), title=""):
+    """The positions of one row of LLM input: what stands there, and above the boxes what it must predict, if anything.
+    kinds: a key of FILLS for each position; words: its text; predicts: {position: word}."""
+    for x, (kind, word) in enumerate(zip(kinds, words, strict=True)):
+        fill, hatch = FILLS[kind]
+        ax.bar(x, 1, 1, bottom=-1, color=fill, hatch=hatch, edgecolor="black", linewidth=0.5)
+        label = {"facecolor": "white", "edgecolor": "none", "pad": 0.4} if kind == "answer" and word else None
+        ax.text(x, -0.5, word, rotation=90, ha="center", va="center", fontsize=7, bbox=label)
+    for x, word in dict(predicts).items():
+        ax.annotate("", (x, 0.42), (x, 0), arrowprops={"arrowstyle": "->", "lw": 0.8})
+        ax.text(x, 0.47, word, rotation=90, ha="center", va="bottom", fontsize=7)
+    ax.set(xlim=(-0.5, len(kinds) - 0.5), ylim=(-1, 1.4 if predicts else 0), yticks=[], title=title)
+    ax.spines["left"].set_visible(False)
+
+
+def row_legend(ax, kinds):
+    """What the boxes of `row` mean."""
+    boxes = [plt.Rectangle((0, 0), 1, 1, facecolor=FILLS[k][0], hatch=FILLS[k][1], edgecolor="black") for k in kinds]
+    ax.legend(boxes, kinds, loc="upper left", ncols=len(kinds), fontsize=7)
+
+
+def pairs_of_bars(ax, words, values, names, ylabel):
+    """For each word two or more bars side by side, told apart by brightness and hatch. values: (names, words)."""
+    width, looks = 0.8 / len(names), [("0.2", ""), ("white", "////"), ("0.7", "....")]
+    for i, (name, heights, (fill, hatch)) in enumerate(zip(names, values, looks, strict=False)):
+        x = np.arange(len(words)) + (i - (len(names) - 1) / 2) * width
+        ax.bar(x, heights, width, color=fill, hatch=hatch, edgecolor="black", linewidth=0.6, label=name)
+    ax.set_xticks(range(len(words)), words, rotation=45, ha="right")
+    ax.set_ylabel(ylabel)
+    ax.legend()
+
+
+def curve(ax, steps, values, ylabel, title="", window=10):
+    """Each value in grey and the mean of the last `window` in black, on a logarithmic scale."""
+    ax.plot(steps, values, "-", color="0.7", marker="", label="each step")
+    smooth = np.convolve(values, np.ones(window) / window, "valid")
+    ax.plot(steps[window - 1 :], smooth, "-", color="black", marker="", label=f"mean of {window} steps")
+    ax.set(xlabel="optimiser step", ylabel=ylabel, title=title, yscale="log")
+    ticks = [t for t in (0.1, 0.2, 0.5, 1, 2) if min(values) / 1.3 < t < max(values) * 1.3]
+    ax.set_yticks(ticks, [f"{t:g}" for t in ticks])
+    ax.minorticks_off()
+    ax.legend()
