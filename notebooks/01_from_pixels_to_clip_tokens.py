@@ -67,8 +67,8 @@ all_frames, starts = frames.flatten(0, 1), times.flatten().tolist()
 plots.time_line(all_frames, starts, [1, 2, 3, 4], coarse.flatten(), "▼ taken when N_t = F = 2")
 
 # %% [markdown]
-# The ball starts at 1.1 s, hits the egg at 1.9 s, and the egg breaks. All of this happens in clip 1, so we look at
-# that one from now on.
+# The ball starts at 1.1 s, hits the egg at 1.9 s, and the egg breaks. Clip 1 shows the ball on its way, so we look at
+# that one from now on; its last frame is from 1.75 s, just before the hit.
 #
 # ## 2. Patches: a frame becomes a grid of tokens
 #
@@ -212,7 +212,8 @@ for layer in range(len(blocks)):
 print("A", tuple(A.shape), "= (heads, 1 + 2 P, 1 + 2 P), the same output in all", len(blocks), "blocks")
 
 # %% [markdown]
-# Now one patch of the **second** pair of frames (1.50 and 1.75 s): the one with the most motion. It holds the ball.
+# Now one patch of the **second** pair of frames (1.50 and 1.75 s): the one with the most motion. It holds a part of
+# the ball.
 # Where does it look? The area of each black square is the share of attention, averaged over the heads.
 #
 # **Predict.** If attention ignored what is in the frames, it would be spread evenly, and the first pair would get
@@ -247,8 +248,9 @@ assert (0.1 < to_past).all() and (to_past < 0.9).all(), "no exchange between the
 assert to_things.mean() > 2 * area
 
 # %% [markdown]
-# The dashed patch looks back in time at where the ball came from, and ahead at the egg that it is going to hit. Nobody
-# wrote "track the ball" anywhere.
+# The dashed patch spends no more than an even share on the other pair of frames, but it spends it on the ball and the
+# egg, far beyond their share of the area: on where the ball came from, and on what it is going to hit. Nobody wrote
+# "track the ball" anywhere.
 #
 # ### Break it: who feels a black patch?
 #

@@ -186,7 +186,8 @@ assert hits / things > 0.85 and stray / total < 0.25
 # $$z_{obj_j} = \frac{1}{|M_j|} \sum_{p \in M_j} \mathrm{PatchEmbed}(p) \in \mathbb{R}^{D_v}$$
 #
 # $p$ runs over the pixels of mask $M_j$, and $\mathrm{PatchEmbed}(p)$ is the encoder's vector of the patch that holds
-# $p$. In words: the mean of the patch vectors, each patch counting as much as the mask covers it. Literally:
+# $p$: not the patch embedding that notebook 1 began with, but what has become of that patch after the last block. In
+# words: the mean of the patch vectors, each patch counting as much as the mask covers it. Literally:
 
 
 # %%
@@ -300,8 +301,9 @@ ax.set(xlabel="first principal direction (arbitrary units)", ylabel="second prin
 plt.show()
 
 # %% [markdown]
-# The four things lie apart, and each stays with itself. From 2.5 s on nothing happens, and the tokens rest. Before
-# that, all do: those of things that move or break, but also those of their neighbours, because a patch vector has
+# The four things lie apart, and mostly each stays with itself. From 2.5 s on nothing happens, and the tokens rest.
+# Before that all of them move: those of things that move or break, but also those of their neighbours, because a
+# patch vector has
 # attended to the rest of its clip (notebook 1). What happens to a thing is in its token, not only its looks.
 
 # %%

@@ -201,7 +201,7 @@ assert torch.isclose(by_hand, ours, atol=1e-4) and tokens == len(target)
 #
 # ### What the video tells
 #
-# The same answer graded twice: with $E_{vision}$ of its own clip, and with that of *another* clip. **Predict** which
+# The same answer graded twice: with $E_{vision}$ of its own video, and with that of *another* one. **Predict** which
 # words become expensive.
 
 # %%
@@ -220,7 +220,8 @@ plots.pairs_of_bars(ax, named(target), nll, ["its own video", "another video"], 
 plt.show()
 
 # %% [markdown]
-# What must be seen is expensive with the wrong video (the second *the*, too: it decides who hit whom). Grammar
+# What must be seen is expensive with the wrong video, unless that video happens to show it, too: both have something
+# red. (The second *the* is dear because it decides who hit whom.) Grammar
 # (*because*, *hit*) is nearly free with either: the LLM knew it before it ever met a video. So a low loss per token
 # proves little sight, because most tokens of an answer need none. [Notebook 6](06_does_it_reason.ipynb) therefore
 # measures whole *answers*, with and without the video.
@@ -335,13 +336,15 @@ assert best >= first - 1e-4, "of four beams one should be at least as good as gr
 # It can, though it need not: greedy cannot take a first word back, even if what follows is uncertain (exercise 2 has
 # the smallest example). Rules of thumb: greedy for facts and tests (repeatable), beams when you need *several*
 # candidates with probabilities, which is how `infer.py --task predict` finds its three futures, and sampling for
-# variety.
+# variety, which a nucleus of one or two words hardly allows.
 #
 # ## 7. What happens with right padding
 #
-# Questions of different lengths share a batch, so the short ones are padded. Where? Generation continues at the *last
-# column*. With padding on the left, that is the end of every prompt; on the right, short rows would continue after
-# padding. Training may pad on the right, because there nothing is generated and no graded position looks to its right.
+# Questions of different lengths share a batch, so the short ones are padded. Where? The first new word is read off the
+# *last column*. With padding on the left, that is the end of every prompt. On the right, the last column of a short row
+# is the output at a padding vector, not at `<assistant>`: the mask hides padding from the other positions, but it does
+# not move the place that is read. (Positions are counted from the mask, so that left padding shifts no row.) Training
+# may pad on the right, because there nothing is generated and no graded position looks to its right.
 
 # %%
 batch = [

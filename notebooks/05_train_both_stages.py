@@ -142,7 +142,9 @@ assert with_gradient == {"fusion"}
 
 # %% [markdown]
 # The gradient flows *through* the frozen LLM (its weights decide what the 32 vectors should have been) and leaves
-# nothing there: no frozen weight gets one. Before training, we ask the untrained model four fresh clips, for later.
+# nothing there: no frozen weight gets one. Before training, we ask the untrained model
+# about fresh videos, for later. (The toy's videos are four seconds long and are called clips, too, from here on: whole
+# films, not the spans of notebook 1.)
 
 # %%
 quiz = [replace(s, options=None, gold=None) for s in read_samples(folder / "val" / "samples.jsonl")]
@@ -208,8 +210,8 @@ print("why?     ", answers["stage 1"][shown.id])
 said = model.option_logprobs(fresh[shown.video], shown.question, [shown.answer])
 
 # %% [markdown]
-# It has learned to *describe*, roughly: it names some of the things and events. Asked *why?*, it still describes or
-# rambles; nobody has shown it a question about a video yet.
+# It has learned to *describe*, roughly: it names some of the things and events. Asked *why?*, it may have the form of
+# an answer, which the LLM knew, but hardly the right cause: nobody has shown it a question about a video yet.
 #
 # ## 6. Stage 2: questions, and LoRA
 #
@@ -355,7 +357,9 @@ assert 0 < added.norm() < W.norm()
 
 # %% [markdown]
 # **3. What would it cost to train everything?** AdamW keeps, in fp32, a weight, its gradient and two moments per
-# trained parameter: 16 bytes. How many bytes would stage 2 keep for the *paper's* LLM (8.03 billion parameters) with
+# trained parameter: 16 bytes; a frozen weight costs its 2 bytes in bf16 either way. How many bytes would stage 2 keep
+# for
+# what is *trained* of the *paper's* LLM (8.03 billion parameters) with
 # all of them trained, and how many with LoRA of rank 64 on its linear layers (167.8 million)? Check our own model's
 # share by counting.
 

@@ -39,7 +39,7 @@ scratch = tempfile.TemporaryDirectory()
 folder = Path(scratch.name)
 
 # %% [markdown]
-# ## 1. Fresh clips
+# ## 1. Fresh clips (whole videos of four seconds)
 #
 # The toy world has three disjoint random streams: `train`, `val` (for choices) and `test` (for reports). Nothing was
 # trained on or chosen by the test stream. The clips are written as mp4 and read back, as a user's would be;
@@ -113,8 +113,9 @@ assert accuracy["full"] > 0.85
 assert abs(accuracy["blind"] - predicted_blind) < 0.15
 
 # %% [markdown]
-# The last row of the picture always says the commonest answer of each question type. It is a fairer "blind" than "no
-# video": this model was never trained without a video, and hardly knows what to say then.
+# The last row of the picture always says the commonest answer of each question type, word for word. Read it beside
+# "no video", and take the higher of the two: this model was never trained without a video and hardly knows what to say
+# then, except where the question itself tells (*absent*).
 #
 # **Intervals.** Would other clips give the same number? A **bootstrap** draws clips with replacement, again and again,
 # and shows how much the accuracy varies: the middle 95 % are the interval ([`interval`](code:evaluate.interval)). It
@@ -159,16 +160,17 @@ assert share("one_frame", motion) < share("shuffled", motion) < share("full", mo
 #
 # - *Shuffled* frames cost less than *one_frame*: in any order they show who was near whom, and that something moved.
 #   What hangs on the order (*first*, *explain*, *direction*) falls by about half.
-# - *absent* (which way did X move, of something that is not there) survives *another clip*: most clips lack any given
-#   thing. High accuracy there proves nothing alone; beside *direction*, which needs the same words, it does.
-# - Where a control scores as high as the full model, the type has not shown sight at all. *counterfactual* comes close:
-#   few questions, two answers, one of them common.
+# - *absent* (which way did X move, of something that is not there) survives *blind* and *another clip*: most clips lack
+#   any given thing. High accuracy there proves nothing alone; beside *direction*, which needs the same words, it does.
+# - Where *blind*, *black* or *another clip* score as high as the full model, the type has not shown sight at all. Where
+#   *shuffled* or *one_frame* do, it has not shown a use of order or of motion: colours and kinds need none, and
+#   *counterfactual* comes close with its few questions, two answers, one of them common.
 #
 # ## 3. The ablation table: which part does the work?
 #
 # Controls break the *input*; an **ablation** removes a *part of the model* and trains the rest anew. The table is too
-# slow for a notebook: `python evaluate.py toy --ablations` trains and tests every variant and writes
-# `toy/ablations.json`.
+# slow for a notebook: `python evaluate.py toy --ablations` trains and tests every variant in a few hours and writes
+# `toy/ablations.json`. Where that file is missing, the cells below show nothing.
 
 # %%
 path = Path("../toy/ablations.json")
@@ -203,8 +205,8 @@ if rows:
     plt.show()
 
 # %% [markdown]
-# **What to conclude.** Read along a row: which *types* does a part carry? A part that matters for one type can vanish
-# in the average over all. <!-- conclusions: after the table exists -->
+# **What to conclude** from such a table? Read along a row: which *types* does a part carry? A part that matters for one
+# type can vanish in the average over all.
 #
 # ## 4. World knowledge that is not in the pixels
 #
@@ -232,7 +234,8 @@ for (mover, target), effect in habit.items():
     assert {world.outcome(*meeting)[1] for meeting in meetings} == {effect}
 
 # %% [markdown]
-# And what did the *LLM* read, before it ever met a video? Sentences like these, about all pairs:
+# And what did the *LLM* read? Sentences like these, about all pairs: in stage 0, before it met a video, and again in
+# stage 2, where a quarter of the rows are text, such pairs among them:
 
 # %%
 rng = np.random.default_rng(0)
@@ -284,8 +287,10 @@ print(f"outcome right there: {np.mean([o for o, n in zip(outcomes, named, strict
 assert np.mean(outcomes) > 0.6
 
 # %% [markdown]
-# Nobody has seen it, and mostly it is predicted: the pixels say *which pair*, the text says *what follows*. This is the
-# paper's claim in miniature. A point left of the middle would be a clip in which the habit, which stage 2 trains,
+# No video ever showed it, and yet it is predicted: the pixels say *which pair*, the text says *what follows*. This is
+# the
+# paper's claim in miniature. (The counter-check is an LLM that never read these sentences: the ablation "w/o world
+# knowledge".) A point left of the middle would be a clip in which the habit, which stage 2 trains,
 # overrules what was read; the share of text in stage 2's batches is there to prevent just that.
 #
 # ## 5. One honest failure
@@ -380,8 +385,8 @@ assert by_clip[0] < accuracy["full"] < by_clip[1] and needed > CLIPS
 
 # %% [markdown]
 # **3. Choosing instead of saying.** Benchmarks often let a model pick the likeliest of given options
-# ([`likeliest`](code:evaluate.likeliest)). Compare it with free answers for *order* and *direction*. Why can choosing
-# only look better?
+# ([`likeliest`](code:evaluate.likeliest)). Compare it with free answers for *order* and *direction*. Why does choosing
+# mostly look better?
 
 # %% tags=["solution"]
 some = [i for i, s in enumerate(quiz) if s.category in ("order", "direction")][:40]
