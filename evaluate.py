@@ -1042,7 +1042,8 @@ def parse():
     common.add_argument("--features", type=Path, help="folder that keeps Z_vision for other runs of the same encoder")
     what = f"which controls, of {', '.join(CONTROLS)}; none: give no name (default all)"
     common.add_argument("--controls", nargs="*", choices=CONTROLS, default=CONTROLS, metavar="NAME", help=what)
-    common.add_argument("--processes", type=positive, default=os.cpu_count(), help="processes that look at videos")
+    workers = 4 if torch.cuda.is_available() else os.cpu_count()  # each holds a SAM of its own
+    common.add_argument("--processes", type=positive, default=workers, help="processes that look at videos")
     common.add_argument("--batch", type=positive, default=64, help="questions answered together (default 64)")
     common.add_argument("--judge_url", help="OpenAI-compatible endpoint that judges open answers, https://…/v1")
     common.add_argument(
