@@ -221,10 +221,10 @@ plt.show()
 
 # %% [markdown]
 # What must be seen is expensive with the wrong video, unless that video happens to show it, too: both have something
-# red. (The second *the* is dear because it decides who hit whom.) Grammar
-# (*because*, *hit*) is nearly free with either: the LLM knew it before it ever met a video. So a low loss per token
-# proves little sight, because most tokens of an answer need none. [Notebook 6](06_does_it_reason.ipynb) therefore
-# measures whole *answers*, with and without the video.
+# red. (The second *the* is dear because it decides who hit whom.) Grammar (*because*, *hit*) is nearly free with
+# either: the LLM knew it before it ever met a video. So a low loss per token proves little sight, because most tokens
+# of an answer need none. [Notebook 6](06_does_it_reason.ipynb) therefore measures whole *answers*, with and without the
+# video.
 #
 # ### Several questions, one row
 #

@@ -142,9 +142,9 @@ assert with_gradient == {"fusion"}
 
 # %% [markdown]
 # The gradient flows *through* the frozen LLM (its weights decide what the 32 vectors should have been) and leaves
-# nothing there: no frozen weight gets one. Before training, we ask the untrained model
-# about fresh videos, for later. (The toy's videos are four seconds long and are called clips, too, from here on: whole
-# films, not the spans of notebook 1.)
+# nothing there: no frozen weight gets one. Before training, we ask the untrained model about fresh videos, for later.
+# (The toy's videos are four seconds long and are called clips, too, from here on: whole films, not the spans of
+# notebook 1.)
 
 # %%
 quiz = [replace(s, options=None, gold=None) for s in read_samples(folder / "val" / "samples.jsonl")]
@@ -156,14 +156,19 @@ plots.strip(frames[::2], [f"{i / world.FPS:.1f} s" for i in range(0, 16, 2)])
 print(shown.question, "→", shown.answer)
 
 # %% tags=["volatile"]
-answers, right = {}, {}
+answers, right, surprise = {}, {}, {}
+about_why = [s for s in quiz if s.category in ("why", "bare why")]
 
 
+@torch.no_grad()
 def examine(name, model):
-    """Ask everything about the fresh clips: the answers, and which are right (tense and articles are free)."""
+    """Ask about the fresh clips: answers, which are right (tense and articles are free), −log P of true whys."""
     replies = ask(model.eval(), quiz, fresh.__getitem__, "free", folder / f"{name}.jsonl")
     answers[name] = {s.id: reply["said"] for s, reply in zip(quiz, replies, strict=True)}
     right[name] = [world.check(answers[name][s.id], s.answer) for s in quiz]
+    true = [Conversation([encode_pair(model.tokenizer, s.question, s.answer)]) for s in about_why]
+    e_vision = model.fuse([fresh[s.video] for s in about_why])
+    surprise[name] = -target_logprobs(model.llm, pack(true, config.num_queries), e_vision).mean().item()
 
 
 examine("untrained", model)
@@ -295,6 +300,21 @@ for s in followed:
     for name, said in answers.items():
         print(f"  {name:10s}{'✓' if world.check(said[s.id], s.answer) else '✗'} {said[s.id][:100]}")
 
+# %% [markdown]
+# Right or wrong is a coarse measure for a model this young: one wrong kind or colour spoils a sentence. Finer: how
+# improbable does each model find the *true* answers to all *why* questions about the fresh clips? Both stages help, and
+# greedy answers show little of the first.
+
+# %%
+figure, ax = plt.subplots(figsize=(7, 2.2))
+plots.bars(ax, list(surprise), list(surprise.values()), "−log P of true answers (nats per token); short is good")
+plt.show()
+assert surprise["stage 2"] < 0.8 * surprise["stage 1"]
+assert surprise["shipped"] < surprise["stage 2"]
+
+# %% [markdown]
+# And the share of all answers that are right, word for word:
+
 # %%
 names = list(right)
 videos = [s.video for s in quiz]
@@ -321,10 +341,10 @@ plt.show()
 # What to make of it:
 #
 # * **Stage 1 alone answers little**, though it sees: it knows no questions. That is the paper's row "w/o stage 2".
-# * **Stage 2 makes answers** in a minute: their *form* is right almost always, their content often.
-# * **A high number can be a habit.** If *absent* (which way did X move, of something that is not there) is high after
-#   stage 1 while *direction* is near zero, the model says "there is no …" to every such question. One type alone
-#   misleads.
+# * **Stage 2 makes answers** in a minute: their *form* is right almost always, their content less often.
+# * **A high number can be a habit.** Even an untrained core is right now and then: the LLM guesses "two", or "there is
+#   no …". If *absent* (which way did X move, of something that is not there) is high while *direction* is near zero, it
+#   denies everything. One type alone misleads.
 # * **Minutes do not make a good model.** With 400 videos and a few epochs the core confuses colours and kinds. The
 #   shipped weights had over ten times as many videos and steps.
 # * 16 clips are few: look at the intervals before you believe a difference.
@@ -358,10 +378,8 @@ assert 0 < added.norm() < W.norm()
 # %% [markdown]
 # **3. What would it cost to train everything?** AdamW keeps, in fp32, a weight, its gradient and two moments per
 # trained parameter: 16 bytes; a frozen weight costs its 2 bytes in bf16 either way. How many bytes would stage 2 keep
-# for
-# what is *trained* of the *paper's* LLM (8.03 billion parameters) with
-# all of them trained, and how many with LoRA of rank 64 on its linear layers (167.8 million)? Check our own model's
-# share by counting.
+# for what is *trained* of the *paper's* LLM (8.03 billion parameters) with all of them trained, and how many with LoRA
+# of rank 64 on its linear layers (167.8 million)? Check our own model's share by counting.
 
 # %% tags=["solution"]
 everything, adapters = 16 * 8.03e9, 16 * 167.8e6

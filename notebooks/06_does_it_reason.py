@@ -114,7 +114,7 @@ assert abs(accuracy["blind"] - predicted_blind) < 0.15
 
 # %% [markdown]
 # The last row of the picture always says the commonest answer of each question type, word for word. Read it beside
-# "no video", and take the higher of the two: this model was never trained without a video and hardly knows what to say
+# *blind*, and take the higher of the two: this model was never trained without a video and hardly knows what to say
 # then, except where the question itself tells (*absent*).
 #
 # **Intervals.** Would other clips give the same number? A **bootstrap** draws clips with replacement, again and again,
@@ -288,10 +288,9 @@ assert np.mean(outcomes) > 0.6
 
 # %% [markdown]
 # No video ever showed it, and yet it is predicted: the pixels say *which pair*, the text says *what follows*. This is
-# the
-# paper's claim in miniature. (The counter-check is an LLM that never read these sentences: the ablation "w/o world
-# knowledge".) A point left of the middle would be a clip in which the habit, which stage 2 trains,
-# overrules what was read; the share of text in stage 2's batches is there to prevent just that.
+# the paper's claim in miniature. (The counter-check is an LLM that never read these sentences: the ablation "w/o world
+# knowledge".) A point left of the middle would be a clip in which the habit, which stage 2 trains, overrules what was
+# read; the share of text in stage 2's batches is there to prevent just that.
 #
 # ## 5. One honest failure
 #
