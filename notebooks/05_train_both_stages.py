@@ -63,7 +63,7 @@ print(len(texts), "texts")
 # ([`encode_videos`](code:data.encode_videos), [`FeatureCache`](code:data.FeatureCache)); both stages and every epoch
 # read it. This is the slow part, nearly all of it SAM.
 
-# %%
+# %% tags=["volatile"]
 for split in ("train", "val"):
     names = [path.name for path in (folder / split).glob("*.mp4")]
     with redirect_stderr(io.StringIO()):  # this bar has no switch
