@@ -116,9 +116,8 @@ def train_and_score(runs, name, seed, args):
     model = full / "stage1" / "model"
     if not change.keys() & {"stages", "without"}:  # the others share the full recipe's stage 1
         model, frozen = out / "stage1" / "model", runs / slug(name) / "frozen"
-        call(
-            "train.py", "--stage", 1, "--model", frozen, "--max_steps", STEPS[1], "--output_dir", model.parent, *common
-        )
+        data = ["--data", DATA / "captions.jsonl", "--model", frozen, "--output_dir", model.parent]
+        call("train.py", "--stage", 1, "--max_steps", STEPS[1], *data, *common)
     if change.get("stages") != 1:
         samples = runs / "no_synthetic_data.jsonl" if "without" in change else DATA / "samples.jsonl"
         text = runs / "no_world_knowledge.jsonl" if name == "w/o world knowledge" else DATA / "text.jsonl"
