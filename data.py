@@ -548,6 +548,17 @@ def write_shard(names, outcomes, path):
     write_json(path.with_suffix(".json"), {"videos": [n for n, _ in kept], "counts": counts, "bad": bad})
 
 
+def claim(folder, print_, write):
+    """Refuse a folder of features that were made otherwise; else mark it, if this process is the one to write."""
+    mark = folder / "fingerprint.json"
+    if mark.exists() and json.loads(mark.read_text()) != print_:
+        raise VidReasonError(
+            f"features were made by another encoder, SAM or settings ({folder}): give another --features folder"
+        )
+    if write:
+        write_json(mark, print_)
+
+
 def encode_videos(
     model_dir,
     config,
@@ -569,13 +580,7 @@ def encode_videos(
     """
     out, folder = Path(out), Path(folder)
     out.mkdir(parents=True, exist_ok=True)
-    mark, print_ = out / "fingerprint.json", fingerprint(config, model_dir, order)
-    if mark.exists() and json.loads(mark.read_text()) != print_:
-        raise VidReasonError(
-            f"features were made by another encoder, SAM or settings ({out}): give another --features folder"
-        )
-    if rank == 0:
-        write_json(mark, print_)
+    claim(out, fingerprint(config, model_dir, order), rank == 0)
     known = FeatureCache(out).videos
     names = [n for n in sorted(set(names))[rank::world] if n not in known]
     if not names:

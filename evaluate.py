@@ -44,7 +44,6 @@ from tqdm import tqdm
 
 from data import (
     ACTIVITYNET_TYPES,
-    LETTERS,
     ORDERS,
     READERS,
     ROOT,
@@ -376,7 +375,7 @@ CONTROLS = ("blind", "black", *ORDERS)
 def prompt_of(sample, protocol):
     if not sample.options:
         return sample.question
-    options = "\n".join(f"{letter}: {option}" for letter, option in zip(LETTERS, sample.options, strict=False))
+    options = "\n".join(f"{string.ascii_uppercase[i]}: {option}" for i, option in enumerate(sample.options))
     return PROMPTS[protocol].format(question=sample.question, options=options)
 
 
@@ -789,7 +788,8 @@ def human_sheet(questions, answers, out, seed=0, count=200, embed=50e6):
             shutil.copyfile(clip, out / source)
         else:
             source = f"data:video/{clip.suffix[1:]};base64,{base64.b64encode(clip.read_bytes()).decode()}"
-        order = dict(zip(string.ascii_uppercase, random.permutation(sorted(answers)).tolist(), strict=False))
+        shuffled = random.permutation(sorted(answers)).tolist()
+        order = {string.ascii_uppercase[i]: model for i, model in enumerate(shuffled)}
         key[name] = {"id": q["id"], "models": order}
         ranks = "<option>" + "".join(f"<option>{r + 1}" for r in range(len(order)))
         lines = (
