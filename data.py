@@ -5,7 +5,8 @@
 
 Records come from
     *.jsonl   {"id", "video", "question", "answer"}; without "question" it is a caption (or "caption" stands in place of
-              "answer"); without "video" it is text alone and may carry a "context" that is read before the question
+              "answer"); without "video" it is text alone and may carry a "context" that is read before the question;
+              "start" and "end" in seconds show a part of the video, as does "video": "film.mp4#t=2.5,8"
     *.csv     the same columns, or WebVid's: videoid, page_dir, name
     *.tar     webdataset / video2dataset shards: KEY.mp4 with KEY.txt or KEY.json beside it, read where they lie
 """
@@ -56,6 +57,7 @@ from vidreason import (
     perceive,
     read_config,
     read_video,
+    split_span,
 )
 
 ROOT = Path(__file__).resolve().parent
@@ -68,7 +70,7 @@ class Sample:
     """One question (or caption) about one video; video None: text alone. About 0.4 kB of memory each."""
 
     id: str
-    video: str | None
+    video: str | None  # may end in a span of seconds: film.mp4#t=2.5,8
     question: str
     answer: str  # what training should say; for multiple choice the gold option's text
     options: list[str] | None = None
@@ -76,8 +78,6 @@ class Sample:
     context: str = ""
     gold: int | None = None  # index of the right option; options need not be distinct
     truths: tuple = ()  # per-option truth (CLEVRER: 0..n right), or further right answers (open-ended)
-    start: float | None = None
-    end: float | None = None
     weight: float = 1.0  # how often an epoch shows its video
 
 
@@ -152,15 +152,16 @@ def read_files(samples_of, paths, videos=".") -> list[Sample]:
 
 def locate(samples, videos):
     """Where a video lies in `videos` under another suffix or folder than its layout's, its name becomes that one."""
-    lost, lying = {s.video for s in samples if s.video and not Path(videos, s.video).exists()}, {}
+    file_of = lambda video: split_span(video)[0]
+    lost, lying = {s.video for s in samples if s.video and not Path(videos, file_of(s.video)).exists()}, {}
     for path in Path(videos).rglob("*") if lost else ():
         if path.suffix.lower() in (*VIDEO_SUFFIXES, ".jpg"):
             lying.setdefault(path.stem, []).append(str(path.relative_to(videos)))
     for s in samples:
         if s.video in lost:
-            stem = Path(s.video).stem
+            stem, span = Path(file_of(s.video)).stem, s.video[len(file_of(s.video)) :]
             found = lying.get(stem) or lying.get(stem.removeprefix("v_"), ())  # some keep ActivityNet without its v_
-            s.video = found[0] if len(found) == 1 else s.video
+            s.video = found[0] + span if len(found) == 1 else s.video
     return samples
 
 
@@ -239,10 +240,13 @@ def to_sample(row, where) -> Sample:
     for name in ("question", "video", "context"):
         if not isinstance(row.get(name) or "", str):
             raise ValueError(f'"{name}" is not text')
-    start, end = (None if row.get(name) is None else float(row[name]) for name in ("start", "end"))
+    span = [float(row[name]) if row.get(name) not in (None, "") else None for name in ("start", "end")]
+    video = row.get("video")
+    if video and span != [None, None]:
+        video += "#t=" + ",".join("" if second is None else f"{second:.3f}" for second in span)
     found = {"category": row.get("type") or row.get("category") or "", "context": row.get("context") or "", **chosen}
-    found |= {"answer": answer, "truths": tuple(others), "start": start, "end": end}
-    return Sample(str(row.get("id", where)), row.get("video"), row.get("question") or CAPTION_PROMPT, **found)
+    found |= {"answer": answer, "truths": tuple(others)}
+    return Sample(str(row.get("id", where)), video, row.get("question") or CAPTION_PROMPT, **found)
 
 
 def nextqa_fields(row, folders):
@@ -467,16 +471,17 @@ def look_at(path, vision):
     if tar is None:
         return perceive(path, *vision)
     opened, members = open_tar(tar)
-    member = members.get(str(path.relative_to(tar)))
+    name = Path(split_span(path)[0])
+    member = members.get(str(name.relative_to(tar)))
     if member is None:
         raise VidReasonError(f"no such member ({path}): download the shard again")
-    with tempfile.NamedTemporaryFile(suffix=path.suffix) as file:
+    with tempfile.NamedTemporaryFile(suffix=name.suffix) as file:
         file.write(opened.extractfile(member).read())
         file.flush()
         try:
-            return perceive(file.name, *vision)
+            return perceive(file.name + str(path)[len(str(name)) :], *vision)
         except VidReasonError as error:
-            raise VidReasonError(str(error).replace(file.name, str(path))) from error
+            raise VidReasonError(str(error).replace(file.name, str(name))) from error
 
 
 def sha256(path):

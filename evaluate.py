@@ -67,7 +67,7 @@ from data import (
     vlm4d_half,
     write_json,
 )
-from vidreason import VidReason, VidReasonError, encode_pair
+from vidreason import VidReason, VidReasonError, encode_pair, split_span
 
 # --------------------------------------------------------------------------- what counts as right
 
@@ -471,7 +471,8 @@ def find_videos(samples, args):
     if not args.videos.is_dir():
         raise VidReasonError(f"no such folder ({args.videos}): give the benchmark's videos with --videos")
     samples = locate(samples, args.videos)
-    lost = sorted({str(s.video) for s in samples if not s.video or not Path(args.videos, s.video).is_file()})
+    there = lambda video: video and Path(args.videos, split_span(video)[0]).is_file()
+    lost = sorted({str(s.video) for s in samples if not there(s.video)})
     if lost and not args.allow_missing:
         raise VidReasonError(
             f"{len(lost)} of {len({s.video for s in samples})} videos are missing, for example {lost[0]} "
@@ -778,11 +779,12 @@ def human_sheet(questions, answers, out, seed=0, count=200, embed=50e6):
     if not known or not 2 <= len(answers) <= 26:
         raise VidReasonError("no question that two models answer (--human_sheet): give result files of one benchmark")
     known = [known[i] for i in sorted(random.permutation(len(known))[:count])]
-    beside = sum(Path(q["video"]).stat().st_size for q in known) > embed
+    beside = sum(Path(split_span(q["video"])[0]).stat().st_size for q in known) > embed
     (out / "clips" if beside else out).mkdir(parents=True, exist_ok=True)
     rows, key = [], {}
     for number, q in enumerate(tqdm(known, desc="sheet"), 1):
-        clip, name = Path(q["video"]), f"q{number}"  # neither a file's name nor an id may tell anything
+        file, name = split_span(q["video"])[0], f"q{number}"  # neither a file's name nor an id may tell anything
+        clip, span = Path(file), str(q["video"])[len(file) :]  # browsers know spans, too
         if beside:
             source = f"clips/{name}{clip.suffix}"
             shutil.copyfile(clip, out / source)
@@ -797,7 +799,7 @@ def human_sheet(questions, answers, out, seed=0, count=200, embed=50e6):
             f"<b>{letter}</b> {html.escape(answers[model][q['id']])}"
             for letter, model in order.items()
         )
-        title = f'<h2>{number}. {html.escape(q["question"])}</h2><video controls src="{source}"></video>'
+        title = f'<h2>{number}. {html.escape(q["question"])}</h2><video controls src="{source}{span}"></video>'
         rows.append(f"<section>{title}<ul>{''.join(lines)}</ul></section>\n")
     digest = hashlib.sha256("".join(rows).encode()).hexdigest()[:16]
     write_json(out / "key.json", {"sheet": digest, "questions": key})

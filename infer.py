@@ -42,7 +42,7 @@ def fail(message):
 
 def parse(arguments=None):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("video", help="any file that FFmpeg reads")
+    parser.add_argument("video", help="any file that FFmpeg reads; film.mp4#t=3,8 is its seconds 3 to 8")
     parser.add_argument("question", nargs="?", help="left out: the paper's prompt for the task")
     parser.add_argument(
         "--task", choices=["reason", "predict"], default="reason", help="explain, or say what comes next"

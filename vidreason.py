@@ -10,6 +10,7 @@ One shape alphabet, used in every docstring and line-end comment:
 import itertools
 import json
 import os
+import re
 import shutil
 from collections import OrderedDict
 from dataclasses import asdict, dataclass, field, replace
@@ -91,27 +92,38 @@ PRESETS = {
 
 
 # ------------------------------------------------------------------------------------------- §3.1.1 video -> clips
+_resize = partial(resize, interpolation=InterpolationMode.BICUBIC, antialias=True)  # pixels that fit stay as they are
+
+
 def read_video(path, num_clips, frames_per_clip, image_size, keyframe_size=512, order=slice(None)):
     """Cut a video into N_t equal spans and take the frames shown at the centres of the F equal parts of each (§3.1.1).
-    -> frames uint8 (N_t, F, 3, image_size, image_size); times float32 (N_t, F), seconds since the first frame by the
-    file's own timestamps, which a variable frame rate needs; keyframes: the middle frame (index F // 2) of each clip,
+    -> frames uint8 (N_t, F, 3, image_size, image_size); times float32 (N_t, F), seconds since the start by the file's
+    own timestamps, which a variable frame rate needs; keyframes: the middle frame (index F // 2) of each clip,
     uint8 array (S, S, 3), S <= keyframe_size. Both show the centre square of the picture, so a mask of one fits the
     patches of the other. A video of few frames repeats them. order (for controls): which of the N_t * F frames to show
-    in the place of each; times stay. Raises VidReasonError for a file that is missing, empty, truncated, not a video or
-    without picture."""
-    which, times, pictures = _decode(path, check_video(path), num_clips * frames_per_clip)
+    in the place of each; times stay. The path may end in a span of the file (split_span). Raises VidReasonError for a
+    file that is missing, empty, truncated, not a video or without picture."""
+    path, *span = split_span(path)
+    which, times, pictures = _decode(path, check_video(path), num_clips * frames_per_clip, *span)
     which = which[order]
     tensors = (torch.from_numpy(np.ascontiguousarray(picture)).permute(2, 0, 1) for picture in pictures)
     squares = [center_crop(picture, min(picture.shape[1:])) for picture in tensors]
-    frames = torch.stack([_resize(square, image_size) for square in squares])[which]
+    frames = torch.stack([_resize(square, [image_size]) for square in squares])[which]
     middle = which.reshape(num_clips, frames_per_clip)[:, frames_per_clip // 2]
-    keyframes = [_resize(squares[i], min(keyframe_size, squares[i].shape[-1])).permute(1, 2, 0).numpy() for i in middle]
+    side = min(keyframe_size, squares[0].shape[-1])
+    keyframes = [_resize(squares[i], [side]).permute(1, 2, 0).numpy() for i in middle]
     return frames.unflatten(0, (num_clips, frames_per_clip)), times.view(num_clips, frames_per_clip), keyframes
+
+
+def split_span(path):
+    """A W3C media fragment, "film.mp4#t=2.5,8" -> ("film.mp4", 2.5, 8.0), in seconds; without one 0 to infinity."""
+    found = re.fullmatch(r"(.+)#t=(\d+\.?\d*)?,?(\d+\.?\d*)?", str(path))
+    return (found[1], float(found[2] or 0), float(found[3] or "inf")) if found else (str(path), 0.0, float("inf"))
 
 
 def check_video(path):
     """How many frames the container promises (0: does not say). Raises VidReasonError unless the file holds a video."""
-    path = Path(path)
+    path = Path(split_span(path)[0])
     if not path.is_file() or path.stat().st_size == 0:
         what = "video file is empty" if path.is_file() else "video is a directory" if path.is_dir() else "no such video"
         raise VidReasonError(f"{what} ({path}): give the path of a video file")
@@ -127,13 +139,7 @@ def check_video(path):
     return pictures[0].frames
 
 
-def _resize(square, side):
-    """uint8 (3, S, S) -> (3, side, side); pixels that fit already are not touched."""
-    same = square.shape[-1] == side
-    return square if same else resize(square, [side, side], InterpolationMode.BICUBIC, antialias=True)
-
-
-def _decode(path, promised, total):
+def _decode(path, promised, total, start=0.0, end=float("inf")):
     """-> (which picture stands at each of `total` positions, int array; their seconds, float tensor; the pictures)."""
     for open_video in (_open_decord, _open_pyav):
         try:
@@ -141,10 +147,13 @@ def _decode(path, promised, total):
             if len(starts) < 0.9 * promised:  # headers may be off by a few frames, a broken download by many
                 raise OSError(f"only {len(starts)} of {promised} frames are there")
             step = (starts[-1] - starts[0]) / max(1, len(starts) - 1)
-            centres = starts[0] + (starts[-1] + step - starts[0]) * (np.arange(total) + 0.5) / total
+            first, last = starts[0] + start, min(starts[0] + end, starts[-1] + step)
+            if first >= last and (start or not end):
+                raise VidReasonError(f"nothing is shown from {start} to {end} s ({path}): give a span within the video")
+            centres = first + (last - first) * (np.arange(total) + 0.5) / total
             indices = np.clip(np.searchsorted(starts, centres, side="right") - 1, 0, len(starts) - 1)
             unique, which = np.unique(indices, return_inverse=True)
-            return which, torch.as_tensor(starts[indices] - starts[0], dtype=torch.float32), fetch(unique)
+            return which, torch.as_tensor(starts[indices] - first).float().clip(min=0), fetch(unique)
         except READ_ERRORS as caught:
             error = caught
     raise VidReasonError(f"video is truncated or damaged: {str(error)[:80]} ({path}): get it again") from error

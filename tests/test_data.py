@@ -152,11 +152,14 @@ def test_tar_shards_are_read_where_they_lie(vision, tmp_path, write_clips):
         ("00000.tar/0000.mp4", "a red ball"),
         ("00000.tar/0001.mp4", "a blue box"),
     ]
-    data.encode_videos(tmp_path, vision, tmp_path, [s.video for s in samples], tmp_path / "f1")
-    data.encode_videos(tmp_path, vision, tmp_path / "plain", names, tmp_path / "f2")
+    asked = [*(s.video for s in samples), "00000.tar/0001.mp4#t=1,2"]
+    data.encode_videos(tmp_path, vision, tmp_path, asked, tmp_path / "f1")
+    data.encode_videos(tmp_path, vision, tmp_path / "plain", [*names, "1.mp4#t=1,2"], tmp_path / "f2")
     inside, plain = data.FeatureCache(tmp_path / "f1"), data.FeatureCache(tmp_path / "f2")
-    assert "no such member" in inside.bad["00000.tar/0002.mp4"] and len(inside.videos) == 2
-    assert torch.equal(inside["00000.tar/0001.mp4"].z_vision, plain["1.mp4"].z_vision)
+    assert "no such member" in inside.bad["00000.tar/0002.mp4"] and len(inside.videos) == 3
+    for span in ("", "#t=1,2"):
+        assert torch.equal(inside[f"00000.tar/0001.mp4{span}"].z_vision, plain[f"1.mp4{span}"].z_vision)
+    assert not torch.equal(plain["1.mp4"].times[:4], plain["1.mp4#t=1,2"].times[:4])
 
 
 def test_csv_of_webvid_and_of_our_own(tmp_path):

@@ -43,7 +43,8 @@ def place(tmp_path_factory):
         shutil.copy(CLIPS / name, folder / "videos")
     (folder / "videos" / "broken.mp4").write_text("this is no video")
     kept = [r for r in rows if r["video"] in names]
-    asked = kept + [{**kept[0], "id": "b", "video": "broken.mp4"}]
+    part = {**kept[0], "id": "part", "video": Path(kept[0]["video"]).stem, "start": 0, "end": 2}  # found as .mp4, cut
+    asked = [*kept, part, {**kept[0], "id": "b", "video": "broken.mp4"}]
     (folder / "asked.jsonl").write_text("\n".join(map(json.dumps, asked)))
     (folder / "lost.jsonl").write_text(
         "\n".join(map(json.dumps, [*asked, {**kept[0], "id": "l", "video": "lost.mp4"}]))
@@ -76,6 +77,13 @@ def test_every_question_is_scored_with_its_controls(result, place):
     assert not (place / "result.json.parts").exists()
 
 
+def test_a_span_of_a_video_is_what_is_seen(result, place):
+    item = next(i for i in result[0]["items"] if i["id"] == "part")
+    assert item["video"].endswith(".mp4#t=0.000,2.000") and not item["trouble"]
+    cache = data.FeatureCache(next((place / "features").glob("**/fingerprint.json")).parent)
+    assert cache[item["video"]].times.max() < 2
+
+
 def test_an_unreadable_video_counts_as_wrong_and_is_named(result):
     found, shown = result
     broken = next(i for i in found["items"] if i["id"] == "b")
@@ -98,7 +106,7 @@ def test_a_missing_video_is_an_error_unless_allowed(place):
     shared = ["jsonl", "--annotations", place / "lost.jsonl", "--videos", place / "videos", "--controls"]
     shared += ["--features", place / "features", "--processes", 1]
     says = call(*shared, check=2)
-    assert says.startswith("error: 1 of 6 videos are missing, for example lost.mp4") and "--allow_missing" in says
+    assert says.startswith("error: 1 of 7 videos are missing, for example lost.mp4") and "--allow_missing" in says
     out = place / "allowed.json"
     call(*shared, "--allow_missing", "--out", out)
     found = json.loads(out.read_text())

@@ -83,6 +83,19 @@ def test_uneven_frames_are_chosen_by_time(videos, backend):
         assert time == pytest.approx(starts[shown], abs=2e-3)
 
 
+def test_a_span_is_seen_as_if_it_were_the_file(videos, backend):
+    frames, times, _ = read_video(f"{videos['good']}#t=1,3", 2, 2, 96)
+    assert brightness(frames) == [5, 7, 9, 11] and torch.allclose(times, torch.tensor([[0.25, 0.75], [1.25, 1.75]]))
+    assert brightness(read_video(f"{videos['good']}#t=2", 2, 2, 96)[0]) == [9, 11, 13, 15]
+    assert brightness(read_video(f"{videos['good']}#t=,1", 2, 1, 96)[0]) == [1, 3]
+    within = read_video(f"{videos['good']}#t=1.1,1.2", 2, 1, 96)  # less than a frame
+    assert brightness(within[0]) == [4, 4] and not within[1].any()
+    assert brightness(read_video(f"{videos['good']}#t=3,99", 2, 1, 96)[0]) == [13, 15]
+    for span in ("4,9", "3,2"):
+        with pytest.raises(VidReasonError, match="nothing is shown from .*: give a span within the video"):
+            read_video(f"{videos['good']}#t={span}", 2, 2, 96)
+
+
 def test_keyframe_shows_what_the_encoder_sees(videos, backend):
     frames, _, keyframes = read_video(videos["wide"], 2, 3, 56, keyframe_size=80)
     assert frames.shape[-2:] == (56, 56) and keyframes[0].shape == (80, 80, 3)
@@ -679,7 +692,7 @@ def test_model_on_the_meta_device_costs_nothing():
 
 def test_the_file_stays_readable():
     source = Path(vidreason.__file__).read_text()
-    assert len(source.splitlines()) <= 715 and max(map(len, source.splitlines())) <= 120
+    assert len(source.splitlines()) <= 724 and max(map(len, source.splitlines())) <= 120
     functions = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)]
     assert max(node.end_lineno - node.lineno + 1 for node in functions) <= 60
     public = [node for node in functions if not node.name.startswith("_") and ast.get_docstring(node) is None]

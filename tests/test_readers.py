@@ -365,14 +365,16 @@ def test_records_with_options(tmp_path):
         {"id": "index", "question": "q", "options": ["x", "y"], "answer": 1},
         {"id": "number", "question": "q", "options": [3, 2, 1], "answer": 1},
         {"id": "gold", "question": "q", "options": ["y", "y"], "gold": 1},
-        {"id": "open", "question": "q", "answer": ["y", "z"], "start": 1, "end": 2.5},
+        {"id": "open", "video": "a.mp4", "question": "q", "answer": ["y", "z"], "start": 1, "end": 2.5},
+        {"id": "rest", "video": "a.mp4", "question": "q", "answer": "y", "start": 1, "end": None},
     ]
     samples = read("jsonl", write(tmp_path / "r.jsonl", rows))
     assert {name: s.gold for name, s in samples.items()} == {
-        "text": 1, "letter": 1, "index": 1, "number": 2, "gold": 1, "open": None,
+        "text": 1, "letter": 1, "index": 1, "number": 2, "gold": 1, "open": None, "rest": None,
     }  # fmt: skip
     assert samples["number"].answer == "1" and samples["text"].category == "why"
-    assert samples["open"].truths == ("z",) and (samples["open"].start, samples["open"].end) == (1, 2.5)
+    assert samples["open"].truths == ("z",) and samples["open"].video == "a.mp4#t=1.000,2.500"
+    assert samples["rest"].video == "a.mp4#t=1.000,"
 
 
 def test_ids_that_collide_become_distinct(tmp_path):
