@@ -34,6 +34,7 @@ from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, replace
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -611,6 +612,65 @@ def bertscore(model, predictions, references):
     return {"BERTScore": f1 / len(predictions)}
 
 
+NEXT_OE_STOPWORDS = frozenset((  # its stopwords.txt, which is not NLTK's: "not", "on", "up" and their like count
+    "i me my myself we our ours ourselves you you're you've you'll you'd your yours yourself yourselves he him his "
+    "himself she she's her hers herself it it's its itself they them their theirs themselves what which who whom this "
+    "that that'll these those am is are was were be been being have has had having do does did doing a an the and but "
+    "if or because as until while to from of at for with about into through during again further then here there when "
+    "where why how all any each most other some such only own so than too very s t can will just don don't should "
+    "should've now d ll m o re ve y ain aren aren't couldn couldn't didn didn't doesn doesn't hadn hadn't hasn hasn't "
+    "haven haven't isn isn't ma mightn mightn't mustn mustn't needn needn't shan shan't shouldn shouldn't wasn wasn't "
+    "weren weren't won won't wouldn wouldn't "
+).split())  # fmt: skip
+WORDNET_TAGS = {"NN": "n", "JJ": "a", "VB": "v", "RB": "r"}
+
+
+@cache
+def word_similarity(a, b):
+    """Wu-Palmer similarity of two words' first senses, from 0 to 1."""
+    from nltk.corpus import wordnet
+
+    first, second = wordnet.synsets(a), wordnet.synsets(b)
+    if a == b or not first or not second:
+        return float(a == b)
+    # NLTK since 3.6 also joins a noun with a verb at a root above both, which costs the published scores a point
+    return first[0].wup_similarity(second[0], simulate_root=first[0].pos() == "v") or 0.0
+
+
+@cache
+def lemma_of(word, tag):
+    from nltk import PorterStemmer, WordNetLemmatizer, pos_tag
+    from nltk.corpus import wordnet
+
+    tag = tag or WORDNET_TAGS.get(pos_tag([word])[0][1][:2], "n")
+    found = (WordNetLemmatizer().lemmatize(word, tag), PorterStemmer().stem(word))
+    return next((lemma for lemma in found if wordnet.synsets(lemma)), word)
+
+
+def wups(said, truth, equal=False):
+    """NExT-OE's WUPS@0 of two short answers (its eval_oe.py and metrics.py, and pywsd's lemmatize_sentence, which they
+    call): every word with its nearest of the other answer, multiplied, the lower of both directions. A word that is
+    near none is left out, as there. equal: lemmas without stop words must be equal, as for its yes-or-no questions and
+    counts. ImportError if NLTK's data are not there."""
+    from nltk import TreebankWordTokenizer, pos_tag
+
+    def lemmas(text):
+        tagged = pos_tag(TreebankWordTokenizer().tokenize(text))
+        found = [lemma_of(word.lower(), WORDNET_TAGS.get(tag[:2])) for word, tag in tagged]
+        return [lemma for lemma in found if lemma not in NEXT_OE_STOPWORDS]
+
+    def one_way(words, others):
+        near = [max((word_similarity(word, other) for other in others), default=0) for word in words]
+        return float(np.prod([n for n in near if n])) if any(near) else 0.0
+
+    try:
+        said, truth = lemmas(said), lemmas(truth)
+        return float(said == truth) if equal else min(one_way(said, truth), one_way(truth, said))
+    except LookupError as error:  # NLTK's, of a screenful
+        need = "python -m nltk.downloader wordnet averaged_perceptron_tagger_eng"
+        raise ImportError(f"WUPS needs WordNet and a tagger: {need}") from error
+
+
 def open_ended(predictions, references, bert_model="roberta-large"):
     """§4.3.2: BLEU-1…4, ROUGE-L, METEOR, CIDEr, BERTScore (F1), and matches; `references`: one text or a list for each.
 
@@ -968,6 +1028,25 @@ def run_predictions(args):
     return summary, items, origin_of(args)
 
 
+def score_wups(summary, items):
+    """NExT-OE's own score, of each answer and of the groups of its table."""
+    groups, missing = defaultdict(list), summary["open_ended"]["missing"]
+    try:
+        for i in tqdm(items, desc="WUPS"):
+            kind, texts = i["type"], [i["gold"], *i.get("also_right", ())]
+            i["wups"] = max(wups(str(i["prediction"] or ""), text, equal=kind in ("DB", "DC")) for text in texts)
+            for group in groups_of("nextqa-oe", SimpleNamespace(category=kind)):
+                groups[group].append(i["wups"])
+    except ImportError as error:
+        missing["WUPS"] = f"WUPS: pip install {error.name}" if error.name else str(error)
+        return
+    summary["wups"] = float(np.mean([i["wups"] for i in items]))
+    for group, scores in groups.items():
+        summary["by_type"][group]["wups"] = float(np.mean(scores))
+    of_groups = ", ".join(f"{group} {100 * np.mean(scores):.2f}" for group, scores in sorted(groups.items()))
+    print(f"WUPS@0 {100 * summary['wups']:.2f}: {of_groups}")
+
+
 def score_words(args, summary, items):
     """Open answers: how near their words come to the reference, and what a judge thinks of them (§4.3.2)."""
     open_items = [i for i in items if isinstance(i["gold"], str)]
@@ -978,6 +1057,8 @@ def score_words(args, summary, items):
         truths = [[i["gold"], *i.get("also_right", ())] for i in open_items]
         found = summary["open_ended"] = open_ended(said, truths, args.bert_model)
         print("words: " + ", ".join(f"{k} {v:.3f}" for k, v in found.items() if isinstance(v, float)))
+        if args.benchmark == "nextqa-oe":
+            score_wups(summary, open_items)
         for why in sorted(set(found["missing"].values())):
             print(f"not computed: {why}")
     if args.judge_url:

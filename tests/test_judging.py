@@ -1,6 +1,7 @@
 """Replies are read as people read them; metrics equal hand computations; judges and rankers can be checked."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -177,6 +178,76 @@ def test_bertscore(tmp_path):
     assert score(["the cat sat", " "], [["a dog runs on", "the cat sat"], ["a dog"]]) == pytest.approx(0.5)
     with pytest.raises(ImportError, match="--bert_model"):
         evaluate.bertscore(tmp_path / "nowhere", ["a"], [["b"]])
+
+
+def small_wordnet(folder):
+    """NLTK's data in its own layout: WordNet with a dog, a cat and what runs, and a tagger that knows these words."""
+    at, tagger = folder / "corpora" / "wordnet", folder / "taggers" / "averaged_perceptron_tagger_eng"
+    at.mkdir(parents=True)
+    tagger.mkdir(parents=True)
+    known = {
+        "noun": {"thing": "", "animal": "thing", "dog": "animal", "cat": "animal"},
+        "verb": {"act": "", "move": "act", "run": "move"},
+    }
+    for name in ("noun", "verb", "adj", "adv"):
+        text, offset = "  1 WordNet 3.0 Copyright 2006\n", {}
+        for word, above in known.get(name, {}).items():
+            offset[word] = len(text)
+            link = f"001 @ {offset[above]:08d} {name[0]} 0000" if above else "000"
+            text += f"{offset[word]:08d} 03 {name[0]} 01 {word} 0 {link} {'00 ' * (name == 'verb')}| \n"
+        (at / f"data.{name}").write_text(text)
+        index = [f"{word} {name[0]} 1 0 1 0 {offset[word]:08d}  \n" for word in sorted(offset)]
+        (at / f"index.{name}").write_text("  1 header\n" + "".join(index))
+        (at / f"{name}.exc").write_text("")
+    (at / "index.sense").write_text("")
+    (at / "lexnames").write_text("".join(f"{i:02d}\tx\t1\n" for i in range(45)))
+    tags = {
+        "dog": "NN",
+        "dogs": "NNS",
+        "cat": "NN",
+        "animal": "NN",
+        "a": "DT",
+        "runs": "VBZ",
+        "moves": "VBZ",
+        "two": "CD",
+    }
+    for part, value in {"weights": {}, "tagdict": tags, "classes": sorted({*tags.values()})}.items():
+        (tagger / f"averaged_perceptron_tagger_eng.{part}.json").write_text(json.dumps(value))
+
+
+def test_wups_by_hand(tmp_path):
+    """NExT-OE's score. Its own result file gives its published 14.76, 14.90, 46.60 and 21.48 with the whole WordNet."""
+    small_wordnet(tmp_path)
+    cases = [  # type, answer, what was said, score
+        ("CW", "a dog", "dog", 1),  # "a" does not count
+        ("CW", "cat", "Dogs", 2 * 2 / (3 + 3)),  # both one step below animal, which is the second from the top
+        ("CH", "the animal", "dog", 2 * 2 / (2 + 3)),
+        ("TN", "moves", "runs", 2 * 2 / (2 + 3)),  # verbs likewise
+        ("TC", "dog", "runs", 0),  # a noun and a verb: nothing above both, one way at least
+        ("DL", "two dogs", "dog", 1),  # its quirk: a word that is near none is left out
+        ("DC", "two dogs", "dog", 0),  # numbers, yes and no: all lemmas must be equal
+        ("DC", "two dogs", "two dog", 1),
+        ("DB", "yes", "", 0),
+    ]
+    rows = [f"v,1,1,1,q,{answer},{i},{kind}" for i, (kind, answer, _, _) in enumerate(cases)]
+    (tmp_path / "val.csv").write_text("\n".join(["video,frame_count,width,height,question,answer,qid,type", *rows]))
+    (tmp_path / "said.json").write_text(json.dumps({"v": {str(i): case[2] for i, case in enumerate(cases)}}))
+
+    def score(folder):
+        files = ["--annotations", tmp_path / "val.csv", "--predictions", tmp_path / "said.json"]
+        command = [sys.executable, "evaluate.py", "nextqa-oe", *files, "--out", tmp_path / "out.json"]
+        env = {**os.environ, "NLTK_DATA": str(folder), "HOME": str(tmp_path)}
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout, json.loads((tmp_path / "out.json").read_text())
+
+    shown, found = score(tmp_path)
+    assert [item["wups"] for item in found["items"]] == pytest.approx([case[3] for case in cases])
+    types = found["summary"]["by_type"]
+    assert types["C"]["wups"] == pytest.approx((1 + 2 / 3 + 0.8) / 3) and types["TN"]["wups"] == pytest.approx(0.8)
+    assert f"WUPS@0 {100 * found['summary']['wups']:.2f}: C 82.22, CH 80.00" in shown
+    shown, found = score(tmp_path / "nowhere")
+    assert "wups" not in found["summary"] and "WUPS needs WordNet and a tagger: python -m nltk.downloader" in shown
 
 
 def test_missing_libraries_are_named(monkeypatch):
