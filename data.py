@@ -600,10 +600,8 @@ def encode_videos(
         initargs=(config, model_dir, device, order),
         context=multiprocessing.get_context("spawn"),
     )
-    waiting, bar = (
-        deque(),
-        tqdm(total=len(names), desc=f"videos → Z_vision{f', {order}' * bool(order)}", disable=rank > 0),
-    )
+    quiet = {"disable": True} if rank else {}  # else TQDM_DISABLE decides
+    waiting, bar = deque(), tqdm(total=len(names), desc=f"videos → Z_vision{f', {order}' * bool(order)}", **quiet)
 
     def finish(number, group, futures):
         outcomes = []

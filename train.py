@@ -515,13 +515,11 @@ class Log:
 
 def plot(path):
     """loss.png beside log.jsonl."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure  # pyplot would choose how the whole process draws
 
     log = [json.loads(line) for line in path.read_text().splitlines()]
-    figure, axes = plt.subplots(figsize=(7, 4))
+    figure = Figure(figsize=(7, 4))
+    axes = figure.subplots()
     axes.plot([x["step"] for x in log], [x["loss"] for x in log], lw=0.5, color="0.6", label="each step")
     window = max(1, len(log) // 50)
     smooth = np.convolve([x["loss"] for x in log], np.ones(window) / window, "valid")
@@ -529,7 +527,6 @@ def plot(path):
     axes.set(xlabel="step", ylabel="loss, nats per target token", yscale="log")
     axes.legend()
     figure.savefig(path.with_name("loss.png"), dpi=120, bbox_inches="tight")
-    plt.close(figure)
 
 
 def matmul_ceiling(device):

@@ -24,7 +24,7 @@ from toy import world
 from vidreason import VidReasonError, read_config
 
 DATA = ROOT / "runs" / "world" / "train"
-STEPS, VIDEOS, STORIES = {"llm": 2000, 1: 250, 2: 120}, 3000, 16000
+STEPS, VIDEOS, STORIES = {"llm": 3400, 1: 250, 2: 120}, 3000, 16000
 SYNTHETIC = ("explain", "predict")  # types of question: the two parts of Causal-Vid-Instruct
 VARIANTS = {  # → how each differs from the full recipe
     "full": {},
@@ -165,13 +165,11 @@ def print_rows(rows):
 
 
 def plot(rows, path):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
 
     names = list(rows)[::-1]
-    figure, axis = plt.subplots(figsize=(8, 0.5 * len(names) + 1.2), layout="constrained")
+    figure = Figure(figsize=(8, 0.5 * len(names) + 1.2), layout="constrained")
+    axis = figure.subplots()
     for y, name in enumerate(names):
         row = rows[name]
         axis.plot(row["interval"], [y, y], color="black", lw=1.5)
@@ -183,7 +181,6 @@ def plot(rows, path):
     axis.set_xlabel("accuracy over all questions: mean of seeds with 95 % interval; small strokes: single seeds")
     figure.savefig(path.with_suffix(".partial"), format="png", dpi=110)
     path.with_suffix(".partial").rename(path)
-    plt.close(figure)
 
 
 def ablate(args):

@@ -255,10 +255,10 @@ class TextBatches:
     def pair(self, question, answer):
         return [self.bos, self.user, *question, self.assistant], [*answer, self.eos]
 
-    def document(self, short):
+    def document(self, short, plain):
         """→ context ids, [(prompt ids, target ids)]; `short`: a list of things and look-ups in it, nothing else."""
         if short:
-            return self.lookups()
+            return self.lookups(plain)
         if self.rng.random() < 0.1 * self.reads_knowledge:
             return self.knowledge()
         story, questions = self.stories[self.rng.integers(len(self.stories))]
@@ -273,15 +273,16 @@ class TextBatches:
         swap = lambda ids: permuted[ids].tolist()
         return swap(story), [(swap(p), swap(t)) for p, t in pairs]
 
-    def lookups(self):
+    def lookups(self, plain=False):
         """A list of things and their motions, then "the ball is" → "red", "the red ball moved" → "left" and so on.
 
         To find a word by the word beside it takes two layers that learn together, and late; a small LLM that cannot do
         it names a kind and a colour that are there but do not belong together. With a loss on nothing but look-ups it
-        learns them in minutes.
+        learns them in minutes, if they are `plain`: with two of a kind and with hits, as stories have them, the loss
+        stands at .57 after 1000 steps, with plain ones at .36 after 800. So those come later.
         """
         n = self.rng.integers(2, 5)
-        kinds = self.rng.choice(world.KINDS[:-1], n)  # like stories, which tell two eggs apart by colour alone
+        kinds = self.rng.choice(world.KINDS[:-1], n, replace=not plain)
         things = list(zip(self.rng.permutation(list(world.COLOURS))[:n], kinds, strict=True))
         listing = world.listing([world.a(f"{c} {k}") for c, k in things])
         alone = [(c, k) for c, k in things if (kinds == k).sum() == 1]
@@ -291,7 +292,8 @@ class TextBatches:
         motions = [(f"{c} {k}", str(self.rng.choice(verbs)), str(self.rng.choice(world.DIRECTIONS))) for c, k in things]
         pairs += [([self.bos, *self.words(f"the {name} moved")], self.words(way)) for name, _, way in motions]
         told = [f"the {name} {verb} {way} ." for name, verb, way in motions]
-        told += [f"the {motions[i][0]} hits the {motions[i - 1][0]} ." for i in range(n) if self.rng.random() < 0.5]
+        hitting = [i for i in range(0 if plain else n) if self.rng.random() < 0.5]
+        told += [f"the {motions[i][0]} hits the {motions[i - 1][0]} ." for i in hitting]
         told = " ".join(told[i] for i in self.rng.permutation(len(told)))
         return self.words(f"there are {world.NUMBERS[n]} objects : {listing} . {told}"), pairs
 
@@ -307,14 +309,18 @@ class TextBatches:
             )
         return [], pairs
 
-    def batch(self, size, short):
-        """→ ids, positions (B, T), mask (B, 1, T, T) additive, weights (B, T): of each token as a target."""
+    def batch(self, size, short, plain=False):
+        """→ ids, positions (B, T), mask (B, 1, T, T) additive, weights (B, T): of each token as a target.
+
+        `short`: the share of documents that are look-ups.
+        """
 
         def length_of(document):
             return len(document[0]) + sum(len(p) + len(t) for p, t in document[1])
 
         if not self.pool:  # eight batches at once, sorted, so that little is padding
-            documents = sorted((self.document(self.rng.random() < short) for _ in range(8 * size)), key=length_of)
+            documents = [self.document(self.rng.random() < short, plain) for _ in range(8 * size)]
+            documents.sort(key=length_of)
             self.pool = [documents[i * size : (i + 1) * size] for i in self.rng.permutation(8)]
         documents = self.pool.pop()
         length = length_of(documents[-1])
@@ -403,7 +409,8 @@ def pretrain_llm(args):
         return 1.0 if step < args.lookup_steps else max(0.1, 0.5 - (step - args.lookup_steps) / args.steps)
 
     def loss_of_step(step):
-        ids, positions, mask, weights = batches.batch(args.batch, short(step))
+        plain = step < args.lookup_steps and not args.init
+        ids, positions, mask, weights = batches.batch(args.batch, short(step), plain)
         logits = llm(input_ids=ids, position_ids=positions, attention_mask=mask).logits
         nll = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), ids[:, 1:], reduction="none")
         # a pair's first token follows the previous pair in memory only; its weight is 0, as for every prompt token
