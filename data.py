@@ -150,16 +150,22 @@ def read_files(samples_of, paths, videos=".") -> list[Sample]:
     return [s for part in parts for s in part]
 
 
+def file_of(path):
+    """The file on disk that holds a video: that of a span, or the .tar of a member."""
+    path = Path(split_span(path)[0])
+    return next((parent for parent in path.parents if parent.suffix == ".tar" and parent.is_file()), path)
+
+
 def locate(samples, videos):
     """Where a video lies in `videos` under another suffix or folder than its layout's, its name becomes that one."""
-    file_of = lambda video: split_span(video)[0]
-    lost, lying = {s.video for s in samples if s.video and not Path(videos, file_of(s.video)).exists()}, {}
+    lost, lying = {s.video for s in samples if s.video and not file_of(Path(videos, s.video)).exists()}, {}
     for path in Path(videos).rglob("*") if lost else ():
         if path.suffix.lower() in (*VIDEO_SUFFIXES, ".jpg"):
             lying.setdefault(path.stem, []).append(str(path.relative_to(videos)))
     for s in samples:
         if s.video in lost:
-            stem, span = Path(file_of(s.video)).stem, s.video[len(file_of(s.video)) :]
+            name = split_span(s.video)[0]
+            stem, span = Path(name).stem, s.video[len(name) :]
             found = lying.get(stem) or lying.get(stem.removeprefix("v_"), ())  # some keep ActivityNet without its v_
             s.video = found[0] + span if len(found) == 1 else s.video
     return samples
@@ -229,6 +235,9 @@ def to_sample(row, where) -> Sample:
     row = json.loads(row) if isinstance(row, str) else row
     answer, options, chosen = row.get("answer", row.get("caption")), row.get("options"), {}
     if options:
+        options = json.loads(options) if isinstance(options, str) else options  # a field of a .csv
+        if not isinstance(options, (list, dict)):
+            raise ValueError('"options" is neither a list nor texts by letter')
         options = list(map(text, [options[k] for k in sorted(options)] if isinstance(options, dict) else options))
         letter = isinstance(answer, str) and answer.strip() not in options and answer.strip() in LETTERS
         gold = row.get("gold", answer if isinstance(answer, int) and str(answer) not in options else None)
@@ -240,12 +249,14 @@ def to_sample(row, where) -> Sample:
     for name in ("question", "video", "context"):
         if not isinstance(row.get(name) or "", str):
             raise ValueError(f'"{name}" is not text')
-    span = [float(row[name]) if row.get(name) not in (None, "") else None for name in ("start", "end")]
+    start, end = (float(row[name]) if row.get(name) not in (None, "") else None for name in ("start", "end"))
     video = row.get("video")
-    if video and span != [None, None]:
-        video += "#t=" + ",".join("" if second is None else f"{second:.3f}" for second in span)
-    found = {"category": row.get("type") or row.get("category") or "", "context": row.get("context") or "", **chosen}
-    found |= {"answer": answer, "truths": tuple(others)}
+    if video and (start, end) != (None, None):
+        if "#t=" in video or not 0 <= (start or 0) < (end or float("inf")):
+            raise ValueError('"start" and "end" name no span of the video, or "video" names one already')
+        video += f"#t={start or 0:.3f}," + ("" if end is None else f"{end:.3f}")
+    found = {"category": str(row.get("type") or row.get("category") or ""), "context": row.get("context") or ""}
+    found |= {**chosen, "answer": answer, "truths": tuple(others)}
     return Sample(str(row.get("id", where)), video, row.get("question") or CAPTION_PROMPT, **found)
 
 
@@ -412,6 +423,8 @@ def jsonl_rows(path):
 def csv_rows(path):
     with open(path, encoding="utf-8-sig", newline="") as file:
         for number, row in enumerate(csv.DictReader(file), 2):  # line 1 is the header
+            if None in row:
+                raise ValueError(f"line {number} has more fields than the header: put texts with commas in quotes")
             row = {key: value for key, value in row.items() if key and value}
             if "videoid" in row:  # WebVid: <page_dir>/<videoid>.mp4, the caption is called name
                 row = {"id": row["videoid"], "caption": row.get("name"), **row}
@@ -467,11 +480,10 @@ ORDERS = {  # what a control shows in place of n frames in their order: n indice
 
 def look_at(path, vision):
     """perceive() of a file, or of a member of a tar: x/shard.tar/key.mp4."""
-    tar = next((parent for parent in path.parents if parent.suffix == ".tar" and parent.is_file()), None)
-    if tar is None:
+    name, tar = Path(split_span(path)[0]), file_of(path)
+    if tar == name:
         return perceive(path, *vision)
     opened, members = open_tar(tar)
-    name = Path(split_span(path)[0])
     member = members.get(str(name.relative_to(tar)))
     if member is None:
         raise VidReasonError(f"no such member ({path}): download the shard again")
@@ -539,7 +551,7 @@ def outcome_of(future, path, patience):
         return f"the decoder died: {error} ({path}): convert it again"
 
 
-def write_shard(names, outcomes, path):
+def write_shard(folder, names, outcomes, path):
     """One shard, its index last: a shard without an index does not exist."""
     kept = [(n, o) for n, o in zip(names, outcomes, strict=True) if not isinstance(o, str)]
     bad = {n: o for n, o in zip(names, outcomes, strict=True) if isinstance(o, str)}
@@ -550,7 +562,9 @@ def write_shard(names, outcomes, path):
         save_file(tensors, path.with_suffix(".partial"))
         path.with_suffix(".partial").rename(path)
     counts = [len(o[1]) for _, o in kept]
-    write_json(path.with_suffix(".json"), {"videos": [n for n, _ in kept], "counts": counts, "bad": bad})
+    kept = [name for name, _ in kept]
+    sizes = [file_of(folder / name).stat().st_size for name in kept]
+    write_json(path.with_suffix(".json"), {"videos": kept, "counts": counts, "sizes": sizes, "bad": bad})
 
 
 def claim(folder, print_, write):
@@ -586,7 +600,8 @@ def encode_videos(
     out, folder = Path(out), Path(folder)
     out.mkdir(parents=True, exist_ok=True)
     claim(out, fingerprint(config, model_dir, order), rank == 0)
-    known = FeatureCache(out).videos
+    known = FeatureCache(out)
+    known.check(folder, names)
     names = [n for n in sorted(set(names))[rank::world] if n not in known]
     if not names:
         return
@@ -608,7 +623,7 @@ def encode_videos(
         for name, future in zip(group, futures, strict=True):
             outcomes.append(outcome_of(future, folder / name, patience))
             bar.update()
-        write_shard(group, outcomes, out / f"{stem}-{number:06d}.safetensors")
+        write_shard(folder, group, outcomes, out / f"{stem}-{number:06d}.safetensors")
 
     try:
         for number, group in enumerate(groups):
@@ -631,14 +646,25 @@ class FeatureCache:
     """Read-only view of a folder that encode_videos wrote. `bad` maps unreadable videos to their reasons."""
 
     def __init__(self, folder):
-        self.folder, self.videos, self.bad, self.open = Path(folder), {}, {}, {}
+        self.folder, self.videos, self.sizes, self.bad, self.open = Path(folder), {}, {}, {}, {}
         for index in sorted(self.folder.glob("shard-*.json")):
             shard, start = json.loads(index.read_text()), 0
             self.bad.update(shard["bad"])
+            self.sizes.update(zip(shard["videos"], shard.get("sizes", ()), strict=False))
             for name, count in zip(shard["videos"], shard["counts"], strict=True):
                 self.videos[name] = (index.with_suffix(".safetensors"), start, start + count)
                 start += count
         self.bad = {name: why for name, why in self.bad.items() if name not in self.videos}  # mended since
+
+    def check(self, folder, names, most=1000):
+        """Refuse features of other files of the same names. Looks at `most` of them; those that are gone pass."""
+        known = [name for name in names if name in self.sizes]
+        for name in known[:: len(known) // most + 1]:
+            file = file_of(Path(folder, name))
+            if file.is_file() and file.stat().st_size != self.sizes[name]:
+                raise VidReasonError(
+                    f"features were made of another file called {name} ({self.folder}): give another --features folder"
+                )
 
     def __contains__(self, name):
         return name in self.videos

@@ -55,6 +55,7 @@ from data import (
     Place,
     chat,
     encode_videos,
+    file_of,
     guarded,
     jsonl_rows,
     load,
@@ -114,6 +115,11 @@ def groups_of(benchmark, sample):
     return GROUPS.get(benchmark, lambda s: (s.category or "other",))(sample)
 
 
+def film_of(video):
+    """What intervals resample: the whole film, not the span of it that a question is about."""
+    return split_span(video)[0]
+
+
 def tally(benchmark, samples, right):
     """→ {group: [(video, right?)]}; "all" is what the benchmark's headline counts, for VCR the lines right twice.
 
@@ -123,8 +129,8 @@ def tally(benchmark, samples, right):
     for s, r in zip(samples, right, strict=True):
         if r is not None:
             for group in (*groups_of(benchmark, s), "all"):
-                groups[group].append((s.video, r))
-            lines[s.id.rpartition("/")[0], s.video].append(r)
+                groups[group].append((film_of(s.video), r))
+            lines[s.id.rpartition("/")[0], film_of(s.video)].append(r)
     if benchmark == "vcr" and lines:
         groups["all"] = groups["Q->AR"] = [(video, float(np.prod(both))) for (_, video), both in lines.items()]
     return dict(groups)
@@ -407,26 +413,29 @@ def reply_to(model, samples, features, protocol):
 def ask(model, samples, see, protocol, kept, batch=64, desc="answers"):
     """A reply to each sample, questions of similar length together. see: video → Features, or None.
 
-    `kept` is a file of the batches that are answered: a killed run goes on after them. Of a question with a truth per
-    option every option is asked about by itself.
+    `kept` is a file of the batches that are answered: a killed run goes on after them, or after the first that would
+    now hold other questions, as when a video has been mended. Of a question with a truth per option every option is
+    asked about by itself.
     """
     parts = [per_option(s) if s.options and s.truths else [s] for s in samples]
     asked = [one for part in parts for one in part]
     order = sorted(range(len(asked)), key=lambda i: (len(asked[i].answer), len(asked[i].question)))
     groups, replies = [order[i : i + batch] for i in range(0, len(order), batch)], {}
     lines = kept.read_bytes().splitlines(keepends=True) if kept.exists() else []
-    lines = [line for line in lines if line.endswith(b"\n")]  # a kill may tear the last one
-    with open(kept, "wb") as file:
-        file.writelines(lines)
-        bar = tqdm(groups, desc=desc)
-        for number, group in enumerate(bar):
+    lines = [json.loads(line) for line in lines if line.endswith(b"\n")]  # a kill may tear the last one
+    names = [[asked[i].id for i in group] for group in groups]
+    same = [line["ids"] == ids for line, ids in zip(lines, names, strict=False)]
+    lines = lines[: (same + [False]).index(False)]
+    with open(kept, "w") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+        for number, group in enumerate(tqdm(groups, desc=desc)):
             if number >= len(lines):
                 some = [asked[i] for i in group]
                 answers = reply_to(model, some, [see(s.video) for s in some], protocol)
-                lines.append(json.dumps(answers).encode() + b"\n")
-                file.write(lines[-1])
+                lines.append({"ids": names[number], "replies": answers})
+                file.write(json.dumps(lines[-1]) + "\n")
                 file.flush()
-            replies.update(zip(group, json.loads(lines[number]), strict=True))
+            replies.update(zip(group, lines[number]["replies"], strict=True))
     found, place = [], 0
     for sample, part in zip(samples, parts, strict=True):
         own, place = [replies[i] for i in range(place, place + len(part))], place + len(part)
@@ -472,8 +481,7 @@ def find_videos(samples, args):
     if not args.videos.is_dir():
         raise VidReasonError(f"no such folder ({args.videos}): give the benchmark's videos with --videos")
     samples = locate(samples, args.videos)
-    there = lambda video: video and Path(args.videos, split_span(video)[0]).is_file()
-    lost = sorted({str(s.video) for s in samples if not there(s.video)})
+    lost = sorted({str(s.video) for s in samples if not s.video or not file_of(Path(args.videos, s.video)).is_file()})
     if lost and not args.allow_missing:
         raise VidReasonError(
             f"{len(lost)} of {len({s.video for s in samples})} videos are missing, for example {lost[0]} "
@@ -485,7 +493,7 @@ def find_videos(samples, args):
 def evaluate_model(args, model, samples, work, protocol, same=exact):
     """Our model's replies under every condition → (summary, items)"""
     samples, lost = find_videos(samples, args)
-    conditions, bad = seen(args, model, sorted({s.video for s in samples} - set(lost)), work)
+    conditions, bad = seen(args, model, sorted({s.video for s in samples if s.video} - set(lost)), work)
     there = [s for s in samples if str(s.video) not in lost and s.video not in bad]
     if not there:
         raise VidReasonError(f"not one video can be read ({args.videos}): check --videos")
@@ -655,7 +663,8 @@ def wups(said, truth, equal=False):
     from nltk import TreebankWordTokenizer, pos_tag
 
     def lemmas(text):
-        tagged = pos_tag(TreebankWordTokenizer().tokenize(text))
+        sentences = re.split(r"(?<=[.!?])\s+", text)  # the tokenizer parts a full stop from the last word only
+        tagged = pos_tag([token for s in sentences for token in TreebankWordTokenizer().tokenize(s)])
         found = [lemma_of(word.lower(), WORDNET_TAGS.get(tag[:2])) for word, tag in tagged]
         return [lemma for lemma in found if lemma not in NEXT_OE_STOPWORDS]
 
@@ -880,8 +889,11 @@ def read_rankings(key_file, filled):
 
     Of several annotators' rankings of a question the majority counts, so that one question is one trial.
     """
-    key = json.loads(Path(key_file).read_text())
-    names = {q: found["models"] for q, found in key["questions"].items()}
+    try:
+        key = json.loads(Path(key_file).read_text())
+        names = {q: found["models"] for q, found in key["questions"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise VidReasonError(f"not a sheet's key: {error!r} ({key_file}): give the folder of --human_sheet") from error
     votes = defaultdict(list)  # (question, model, other): +1 won, 0 tied, -1 lost, one for each annotator
     for path in filled:
         try:
@@ -919,9 +931,10 @@ def read_items(path):
 
 
 def compare(first, second):
-    """Two result files, paired: accuracies, difference with its 95 % interval by video, McNemar's exact test."""
+    """Two result files, paired: accuracies, difference with its 95 % interval by video, McNemar's exact test, which
+    takes every question for independent. All are means over questions, for VCR too: not its Q->AR."""
     a, b = read_items(first), read_items(second)
-    asked = lambda found, i: [found.get(i, {}).get(k) for k in ("id", "question", "options", "gold", "video")]
+    asked = lambda found, i: [found.get(i, {}).get(k) for k in ("id", "question", "options", "gold")]
     other = [i for i in a.keys() | b.keys() if asked(a, i) != asked(b, i)]
     if other:
         raise VidReasonError(
@@ -934,7 +947,7 @@ def compare(first, second):
         return {
             "accuracy": [round(float(np.mean([x[i]["correct"] for i in ids])), 4) for x in (a, b)],
             "difference": round(float(np.mean(gain)), 4),
-            "interval": interval(gain, [str(a[i].get("video", i)) for i in ids]),
+            "interval": interval(gain, [film_of(a[i].get("video", i)) for i in ids]),
             "only_first_right": gain.count(-1),
             "only_second_right": gain.count(1),
             "p": sign_test(gain.count(1), gain.count(-1)),
@@ -969,6 +982,7 @@ def origin_of(args, model=None):
         told[kind] = {str(p): sha256(p) for p in getattr(args, kind, None) or ()}
     wanted = ("seed", "clips", "split", "protocol", "controls", "limit", "format", "allow_missing", "batch")
     told |= {name: getattr(args, name) for name in wanted if hasattr(args, name)}
+    told |= {name: str(getattr(args, name)) for name in ("videos", "features") if getattr(args, name, None)}
     if model:
         files = {f for f in Path(args.model).rglob("*.safetensors")}
         named = (model.config.encoder_weights, model.config.sam_weights, model.config.llm)
@@ -996,14 +1010,25 @@ def parts_of(out, origin):
     return nullcontext(parts)
 
 
+def limited(args, samples):
+    """--limit questions, by hash: a fair sample, and a larger number only adds to it. Both of a line of VCR or none."""
+    if not args.limit:
+        return samples
+    name_of = lambda s: s.id.rpartition("/")[0] if args.benchmark == "vcr" else s.id
+    together, kept = defaultdict(list), []
+    for i, s in enumerate(samples):
+        together[name_of(s)].append(i)
+    for name in sorted(together, key=lambda name: hashlib.sha256(name.encode()).digest()):
+        kept += together[name] if len(kept) < args.limit else []
+    return [samples[i] for i in sorted(kept)]
+
+
 def run_model(args):
     gpu = torch.cuda.is_available()
     model = VidReason.load(args.model, *(("cuda", torch.bfloat16) if gpu else ("cpu", torch.float32)))
     samples = READERS[args.benchmark](args.annotations, args.videos or ".") if args.benchmark != "toy" else []
     total, origin = len(samples), origin_of(args, model)
-    if args.limit:  # by hash: a fair sample, and a larger number only adds to it
-        order = sorted(range(total), key=lambda i: hashlib.sha256(samples[i].id.encode()).digest())
-        samples = [samples[i] for i in sorted(order[: args.limit])]
+    samples = limited(args, samples)
     with parts_of(args.out, origin) as work:
         work = Path(work)
         args.videos = args.videos or work / "clips"
@@ -1016,16 +1041,19 @@ def run_model(args):
 
 def run_predictions(args):
     """Another system's replies under our protocol: no model runs."""
-    samples, note = READERS[args.benchmark](args.annotations), ""
+    everything, note = READERS[args.benchmark](args.annotations), ""
+    samples = limited(args, everything)
     format = args.format = args.format or args.benchmark
     if format not in FORMATS:
         raise VidReasonError(f"{format} has no result format of its own (--format): choose {', '.join(FORMATS)}")
     if args.benchmark == "vlm4d" and format.startswith("vlm4d"):
         samples, changed = as_asked(samples, args.predictions)
         note = f"{len(changed)} questions were asked in other words than the annotations have, and count as asked"
-    summary, items = score_predictions(args.benchmark, samples, read_predictions(args.predictions, format))
+    predictions, left = read_predictions(args.predictions, format), {s.id for s in everything} - {s.id for s in samples}
+    predictions = {name: said for name, said in predictions.items() if name not in left}
+    summary, items = score_predictions(args.benchmark, samples, predictions)
     print(note)
-    return summary, items, origin_of(args)
+    return {**summary, "skipped": len(left)}, items, origin_of(args)
 
 
 def score_wups(summary, items):
@@ -1076,6 +1104,8 @@ def score_words(args, summary, items):
 
 def evaluate(args):
     if args.out:  # an hour's work should not be lost to a folder that cannot be written
+        if args.out.is_dir():
+            raise VidReasonError(f"it is a folder ({args.out}): --out wants the name of a file")
         args.out.parent.mkdir(parents=True, exist_ok=True)
         probe = args.out.with_name(args.out.name + ".partial")
         probe.touch()

@@ -117,7 +117,7 @@ def read_video(path, num_clips, frames_per_clip, image_size, keyframe_size=512, 
 
 def split_span(path):
     """A W3C media fragment, "film.mp4#t=2.5,8" -> ("film.mp4", 2.5, 8.0), in seconds; without one 0 to infinity."""
-    found = re.fullmatch(r"(.+)#t=(\d+\.?\d*)?,?(\d+\.?\d*)?", str(path))
+    found = re.fullmatch(r"(.+)#t=(\d+\.?\d*)?(?:,(\d+\.?\d*)?)?", str(path))
     return (found[1], float(found[2] or 0), float(found[3] or "inf")) if found else (str(path), 0.0, float("inf"))
 
 

@@ -162,6 +162,29 @@ def test_tar_shards_are_read_where_they_lie(vision, tmp_path, write_clips):
     assert not torch.equal(plain["1.mp4"].times[:4], plain["1.mp4#t=1,2"].times[:4])
 
 
+def test_features_of_another_file_of_that_name_are_refused(vision, tmp_path, write_clips):
+    names = write_clips(tmp_path / "one", 2)
+    data.encode_videos(tmp_path, vision, tmp_path / "one", names, tmp_path / "features")
+    (tmp_path / "two").mkdir()
+    data.encode_videos(tmp_path, vision, tmp_path / "two", names, tmp_path / "features")  # gone since: features stay
+    (tmp_path / "two" / names[1]).write_bytes((tmp_path / "one" / names[1]).read_bytes() + b" ")
+    with pytest.raises(data.VidReasonError, match=f"another file called {names[1]}"):
+        data.encode_videos(tmp_path, vision, tmp_path / "two", names, tmp_path / "features")
+
+
+def test_csv_rows_are_whole_or_refused(tmp_path):
+    at = tmp_path / "r.csv"
+    at.write_text("id,video,caption\n1,a.mp4,a dog, running on grass\n")
+    with pytest.raises(data.VidReasonError, match="line 2 has more fields than the header"):
+        data.read_samples(at)
+    at.write_text('id,video,question,options,answer\n1,a.mp4,where?,"[""left"", ""right""]",B\n')
+    sample = data.read_samples(at)[0]
+    assert sample.options == ["left", "right"] and sample.gold == 1
+    at.write_text("id,video,question,options,answer\n1,a.mp4,where?,left or right,B\n")
+    with pytest.raises(data.VidReasonError, match="line 2"):
+        data.read_samples(at)
+
+
 def test_csv_of_webvid_and_of_our_own(tmp_path):
     (tmp_path / "webvid.csv").write_text(
         'videoid,contentUrl,duration,page_dir,name\n21,http://x,PT1S,001_050,"a dog, running"\n'

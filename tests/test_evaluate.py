@@ -5,8 +5,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -183,6 +185,42 @@ def test_options_that_may_all_be_right_are_asked_one_by_one(model, tmp_path, mon
     assert [evaluate.yes_or_no(r) for r in ("Yes.", "B", 0, 1, "perhaps")] == [True, False, True, False, None]
 
 
+def test_a_run_that_goes_on_asks_again_where_its_questions_changed(tmp_path, monkeypatch):
+    """As when a video that could not be read has been mended: whatever was kept of later batches belongs elsewhere."""
+    samples, asked = [Sample(str(i), f"v{i}", f"q{i}", "a") for i in range(6)], []
+
+    def replies(model, samples, features, protocol):
+        asked.extend(s.id for s in samples)
+        return [{"said": s.question} for s in samples]
+
+    monkeypatch.setattr(evaluate, "reply_to", replies)
+    ask = lambda some: evaluate.ask(None, some, lambda video: None, "direct", tmp_path / "kept.jsonl", batch=2)
+    assert [r["said"] for r in ask(samples[:2] + samples[3:])] == ["q0", "q1", "q3", "q4", "q5"]
+    del asked[:]
+    assert [r["said"] for r in ask(samples)] == [s.question for s in samples] and asked == ["2", "3", "4", "5"]
+    del asked[:]
+    assert [r["said"] for r in ask(samples)] == [s.question for s in samples] and not asked
+
+
+def test_intervals_resample_films_not_their_spans():
+    spans = [f"film{i % 3}.mp4#t={i},{i + 1}" for i in range(30)]
+    samples = [Sample(str(i), video, "?", "a") for i, video in enumerate(spans)]
+    right = [i % 3 == 0 for i in range(30)]
+    videos, _ = zip(*evaluate.tally("jsonl", samples, right)["all"], strict=True)
+    assert set(videos) == {"film0.mp4", "film1.mp4", "film2.mp4"}
+    assert evaluate.interval(right, videos) == [0, 1]
+
+
+def test_a_limit_takes_both_questions_of_a_line_of_vcr():
+    samples = [Sample(f"{i}/{which}", "v", "?", "a") for i in range(20) for which in ("answer", "rationale")]
+    few = evaluate.limited(SimpleNamespace(limit=7, benchmark="vcr"), samples)
+    lines = [s.id.split("/")[0] for s in few]
+    assert len(few) == 8 and all(lines.count(line) == 2 for line in lines)
+    more = evaluate.limited(SimpleNamespace(limit=9, benchmark="vcr"), samples)
+    assert {s.id for s in few} < {s.id for s in more}
+    assert len(evaluate.limited(SimpleNamespace(limit=7, benchmark="tot"), samples)) == 7
+
+
 def test_a_written_choice_is_read_from_the_reply(model, monkeypatch, tmp_path):
     samples = [Sample(str(i), "v", "where?", "right", ["left", "right"], gold=1) for i in range(3)]
     said, prompts = iter(["Left, then right. Therefore, the final answer is: B", "B", "neither"]), []
@@ -208,6 +246,24 @@ def test_limit_takes_a_fair_sample_and_counts_the_rest(place):
     assert found["summary"]["n"] == 5 and found["summary"]["skipped"] == len(rows) - 5 and "not asked" in shown
 
 
+def test_records_without_a_video_and_shards(place, tmp_path):
+    """A question about no video is a missing one; a member of a .tar is there if its shard is."""
+    rows = [json.loads(line) for line in (place / "asked.jsonl").read_text().splitlines()][:2]
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        tar.add(place / "videos" / rows[0]["video"], "a.mp4")
+    asked = [{**rows[0], "id": 1, "type": 3}, {**rows[1], "id": 2, "video": "0.tar/a.mp4", "type": None}]
+    asked.append({"id": 3, "question": "?", "answer": "a", "type": "x"})
+    shutil.copy(place / "videos" / rows[0]["video"], tmp_path)
+    (tmp_path / "r.jsonl").write_text("\n".join(map(json.dumps, asked)))
+    shared = ["jsonl", "--annotations", tmp_path / "r.jsonl", "--videos", tmp_path, "--processes", 1, "--controls"]
+    assert "1 of 3 videos are missing" in call(*shared, check=2)
+    call(*shared, "--allow_missing", "--out", tmp_path / "out.json")
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert [i["trouble"] for i in found["items"]] == ["", "", "missing"]
+    assert found["summary"]["by_type"].keys() == {"3", "other", "x"}
+    assert "it is a folder" in call(*shared, "--out", tmp_path, check=2) and not list(tmp_path.glob("*.partial"))
+
+
 def test_ranking_sheet_from_result_files(result, place):
     """compare --human_sheet, a person's ranks, and back."""
     out = place / "sheet"
@@ -215,6 +271,7 @@ def test_ranking_sheet_from_result_files(result, place):
     other = json.loads((place / "result.json").read_text())
     for item in other["items"]:
         item["prediction"] = "something else"
+        item["video"] = f"elsewhere/{item['video']}"  # where another system's videos lie
     (place / "other.json").write_text(json.dumps(other))
     files = [place / "result.json", place / "other.json"]
     call("compare", *files, "--human_sheet", out, "--videos", place / "videos", "--count", 6)
@@ -225,6 +282,8 @@ def test_ranking_sheet_from_result_files(result, place):
     shown = call("compare", "--human_sheet", out, "--ranks", place / "ranks.json")
     assert "loss 1.000" in shown and "n 6" in shown or "win 1.000" in shown and "n 6" in shown
     assert "takes two result files" in call("compare", files[0], check=2)
+    (out / "key.json").write_text("{")
+    assert "not a sheet's key" in call("compare", "--human_sheet", out, "--ranks", place / "ranks.json", check=2)
 
 
 def test_the_ablated_model_without_fusion_core_is_a_mean_and_a_linear_layer(model):

@@ -224,6 +224,7 @@ def test_wups_by_hand(tmp_path):
         ("CH", "the animal", "dog", 2 * 2 / (2 + 3)),
         ("TN", "moves", "runs", 2 * 2 / (2 + 3)),  # verbs likewise
         ("TC", "dog", "runs", 0),  # a noun and a verb: nothing above both, one way at least
+        ("TC", "dog", "A dog. Two", 1),  # sentences
         ("DL", "two dogs", "dog", 1),  # its quirk: a word that is near none is left out
         ("DC", "two dogs", "dog", 0),  # numbers, yes and no: all lemmas must be equal
         ("DC", "two dogs", "two dog", 1),

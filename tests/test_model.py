@@ -91,6 +91,8 @@ def test_a_span_is_seen_as_if_it_were_the_file(videos, backend):
     within = read_video(f"{videos['good']}#t=1.1,1.2", 2, 1, 96)  # less than a frame
     assert brightness(within[0]) == [4, 4] and not within[1].any()
     assert brightness(read_video(f"{videos['good']}#t=3,99", 2, 1, 96)[0]) == [13, 15]
+    with pytest.raises(VidReasonError, match="no such video"):
+        read_video(f"{videos['good']}#t=1.2.3", 2, 2, 96)
     for span in ("4,9", "3,2"):
         with pytest.raises(VidReasonError, match="nothing is shown from .*: give a span within the video"):
             read_video(f"{videos['good']}#t={span}", 2, 2, 96)

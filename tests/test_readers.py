@@ -375,6 +375,9 @@ def test_records_with_options(tmp_path):
     assert samples["number"].answer == "1" and samples["text"].category == "why"
     assert samples["open"].truths == ("z",) and samples["open"].video == "a.mp4#t=1.000,2.500"
     assert samples["rest"].video == "a.mp4#t=1.000,"
+    for span in ({"start": -1}, {"start": 2, "end": 1}, {"end": float("nan")}, {"video": "a.mp4#t=1", "start": 2}):
+        with pytest.raises(VidReasonError, match="name no span of the video.*line 1"):
+            read("jsonl", write(tmp_path / "bad.jsonl", [{**rows[0], **span}]))
 
 
 def test_ids_that_collide_become_distinct(tmp_path):

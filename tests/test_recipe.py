@@ -12,6 +12,7 @@ import pytest
 
 from data import FeatureCache
 from toy import ablations, pretrain, world
+from vidreason import VidReasonError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -110,6 +111,19 @@ def test_ablations(recipe, tmp_path, monkeypatch, capsys):
     ablations.ablate(args)
     assert {p: p.stat().st_mtime_ns for p in runs.rglob("*.safetensors")} == made
     assert json.loads(out.read_text())["variants"] == rows
+    with pytest.raises(VidReasonError, match="other settings"):
+        ablations.ablate(SimpleNamespace(**where, seeds=1, seed=4, clips=3, split="val", processes=2))
+
+
+def test_what_synthetic_data_are(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(ablations, "DATA", recipe[0] / "world" / "train")
+    ablations.write_data(tmp_path)
+    kept = [json.loads(x) for x in (tmp_path / "no_synthetic_data.jsonl").read_text().splitlines()]
+    questions = lambda path: [json.loads(line)["question"] for line in path.read_text().splitlines()]
+    texts, before = questions(tmp_path / "no_synthetic_text.jsonl"), questions(ablations.DATA / "text.jsonl")
+    asked = {q for kind in ("explain", "predict", "held-out") for q in world.QUESTIONS[kind]}
+    assert not {"explain", "predict"} & {row["type"] for row in kept} and "why" in {row["type"] for row in kept}
+    assert texts and not asked & {*texts} and asked & {*before}
 
 
 def test_what_world_knowledge_is():

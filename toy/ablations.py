@@ -31,7 +31,7 @@ VARIANTS = {  # → how each differs from the full recipe
     "w/o fusion core": {"config": {"fusion_layers": 0, "num_queries": 1}},  # mean of Z_vision and a linear layer
     "w/o object features": {"config": {"masks_per_keyframe": 0}},
     "w/o stage 2": {"stages": 1},
-    "w/o synthetic data": {"without": SYNTHETIC},
+    "w/o synthetic data": {"without": SYNTHETIC},  # nor as text alone
     "smaller LLM": {"llm": ["--width", "64", "--layers", "2"]},
     "w/o time embedding": {"config": {"time_embedding": False}},  # the paper as printed
     "w/o world knowledge": {"llm": ["--no_knowledge"]},
@@ -60,9 +60,12 @@ def mentions_held_out_pair(row):
 
 def write_data(runs):
     """Stage 2's data for the variants that go without a part of it."""
+    # both parts of Causal-Vid-Instruct as they are asked, "held-out" being a "predict" about certain pairs
+    synthetic = {question for kind in (*SYNTHETIC, "held-out") for question in world.QUESTIONS[kind]}
     samples, texts = ((DATA / name).read_text().splitlines() for name in ("samples.jsonl", "text.jsonl"))
     kept = {
         "no_synthetic_data": [line for line in samples if json.loads(line)["type"] not in SYNTHETIC],
+        "no_synthetic_text": [line for line in texts if json.loads(line)["question"] not in synthetic],
         # world knowledge: what kinds do to each other, and stories about the pairs that no video shows
         "no_world_knowledge": [t for t in texts if "context" in t and not mentions_held_out_pair(json.loads(t))],
     }
@@ -91,7 +94,7 @@ def features(runs, name, args):
     """Folders of Z_vision: of the training videos, of the test clips."""
     if "masks_per_keyframe" in VARIANTS[name].get("config", {}):
         return runs / "features_no_objects", runs / "seen_no_objects"
-    return args.features or ROOT / "runs" / "features", runs / "seen"
+    return (args.features or ROOT / "runs" / "features").resolve(), runs / "seen"
 
 
 def look(runs, args):
@@ -119,8 +122,11 @@ def train_and_score(runs, name, seed, args):
         data = ["--data", DATA / "captions.jsonl", "--model", frozen, "--output_dir", model.parent]
         call("train.py", "--stage", 1, "--max_steps", STEPS[1], *data, *common)
     if change.get("stages") != 1:
-        samples = runs / "no_synthetic_data.jsonl" if "without" in change else DATA / "samples.jsonl"
-        text = runs / "no_world_knowledge.jsonl" if name == "w/o world knowledge" else DATA / "text.jsonl"
+        samples, text = DATA / "samples.jsonl", DATA / "text.jsonl"
+        if name == "w/o synthetic data":
+            samples, text = runs / "no_synthetic_data.jsonl", runs / "no_synthetic_text.jsonl"
+        if name == "w/o world knowledge":
+            text = runs / "no_world_knowledge.jsonl"
         data = ["--data", samples, DATA / "captions.jsonl", text, "--init_from", model]
         call("train.py", "--stage", 2, "--max_steps", STEPS[2], "--output_dir", out / "stage2", *data, *common)
         model = out / "stage2" / "model"
@@ -185,10 +191,16 @@ def plot(rows, path):
 
 def ablate(args):
     """Train and score what is not there yet, --processes programs at a time; then the table."""
-    runs, began, seeds = args.runs, time.time(), range(args.seeds)
+    runs, began, seeds = args.runs.resolve(), time.time(), range(args.seeds)
     if not (DATA / "samples.jsonl").exists():
         raise VidReasonError(f"no toy world yet ({DATA}): run `python -m toy.pretrain world`")
     runs.mkdir(parents=True, exist_ok=True)
+    told = {"clips": args.clips, "split": args.split, "seed": args.seed, "steps": {str(k): n for k, n in STEPS.items()}}
+    told |= {"videos": VIDEOS, "stories": STORIES}
+    mark = runs / "settings.json"
+    if mark.exists() and json.loads(mark.read_text()) != told:
+        raise VidReasonError(f"its runs had other settings ({runs}): give another --runs, or remove it")
+    write_json(mark, told)
     write_data(runs)
     own = [name for name in VARIANTS if name != "full"]
     rounds = [[(name, seed) for name in part] for seed in seeds for part in (["full"], own)]  # own may need full's
@@ -211,8 +223,7 @@ def ablate(args):
         rows[name], mean = mean_row(scores[name], baseline)
         baseline = baseline or mean
     print_rows(rows)
-    told = {"seeds": args.seeds, "clips": args.clips, "split": args.split, "seed": args.seed, "steps": STEPS}
-    told |= {"videos": VIDEOS, "stories": STORIES, "minutes_of_last_run": round((time.time() - began) / 60, 1)}
+    told |= {"seeds": args.seeds, "minutes_of_last_run": round((time.time() - began) / 60, 1)}
     out = args.out or ROOT / "toy" / "ablations.json"
     write_json(out, {"settings": told, "variants": rows})
     plot(rows, out.with_suffix(".png"))

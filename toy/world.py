@@ -17,6 +17,7 @@ right, y grows downwards (as in an image).
 import argparse
 import json
 import math
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -488,7 +489,7 @@ def write_mp4(path, frames, fps=FPS):
     """Write RGB uint8 (n, H, W, 3) as H.264, nearly lossless, written aside and renamed."""
     import av
 
-    aside = Path(path).with_suffix(".part.mp4")
+    aside = Path(path).with_suffix(f".{os.getpid()}.part.mp4")  # two evaluations may share a folder of clips
     with av.open(str(aside), "w") as container:
         stream = container.add_stream("libx264", rate=fps, options={"crf": "12", "preset": "veryfast"})
         stream.height, stream.width, stream.pix_fmt, stream.thread_count = *frames.shape[1:3], "yuv420p", 1
