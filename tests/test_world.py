@@ -190,6 +190,15 @@ def test_questions_need_the_video(clips):
         assert max(map(given.count, set(given))) / len(given) < 0.67, type_
 
 
+def test_a_clip_is_written_to_the_same_bytes(tmp_path):
+    frames, files = world.render(world.make_clip(3, 1, "val"))[0], set()
+    for i in range(12):
+        world.write_mp4(tmp_path / "clip.mp4", frames)
+        files.add((tmp_path / "clip.mp4").read_bytes())
+        np.random.default_rng(i).bytes(50_000 * i)  # other memory, other leavings in it
+    assert len(files) == 1
+
+
 def test_command_writes_clips_that_decode_to_the_truth(tmp_path):
     from vidreason import read_video
 

@@ -486,12 +486,14 @@ def render(clip: Clip) -> tuple[np.ndarray, np.ndarray]:
 
 
 def write_mp4(path, frames, fps=FPS):
-    """Write RGB uint8 (n, H, W, 3) as H.264, nearly lossless, written aside and renamed."""
+    """Write RGB uint8 (n, H, W, 3) as H.264, nearly lossless, written aside and renamed. The same frames give the same
+    bytes: x264's assembly reads beyond so small a picture and would make each file a little different."""
     import av
 
+    options = {"crf": "12", "preset": "veryfast", "x264-params": "asm=0"}
     aside = Path(path).with_suffix(f".{os.getpid()}.part.mp4")  # two evaluations may share a folder of clips
     with av.open(str(aside), "w") as container:
-        stream = container.add_stream("libx264", rate=fps, options={"crf": "12", "preset": "veryfast"})
+        stream = container.add_stream("libx264", rate=fps, options=options)
         stream.height, stream.width, stream.pix_fmt, stream.thread_count = *frames.shape[1:3], "yuv420p", 1
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
