@@ -100,6 +100,7 @@ def test_ablations(recipe, tmp_path, monkeypatch, capsys):
     assert list(rows) == list(kept) and all(name in shown for name in kept) and out.with_suffix(".png").exists()
     for name in kept[1:]:
         assert rows[name]["difference"] == pytest.approx(rows[name]["accuracy"] - rows["full"]["accuracy"])
+        assert 0 <= rows[name]["held_out"]["outcome_right"] <= rows[name]["held_out"]["named"]
     assert (runs / "full" / "seed0" / "stage2" / "model" / "lora").exists()
     assert (
         "stage1/model" in json.loads((runs / "no_stage_2" / "seed0" / "score.json").read_text())["provenance"]["model"]

@@ -37,6 +37,7 @@ VARIANTS = {  # → how each differs from the full recipe
     "w/o world knowledge": {"llm": ["--no_knowledge"]},
 }
 SHOWN = ("why", "explain", "predict", "held-out", "direction", "order", "first")  # columns of the table
+# and "outcome of pair": of the held-out pairs that an answer names, over all seeds, how often its outcome is right
 
 
 def call(*command):
@@ -151,6 +152,9 @@ def mean_row(scores, baseline=None):
     for i, hit in mean.items():
         by_type[items[i]["type"]].append(hit)
     row["by_type"] = {kind: {"accuracy": float(np.mean(h)), "n": len(h)} for kind, h in sorted(by_type.items())}
+    met = [score["summary"]["by_type"].get("held-out", {}) for score in found]  # a pair that is not named says nothing
+    named = [(m["pair_named"], m["outcome_where_named"]) for m in met if m.get("pair_named")]
+    row["held_out"] = {"named": sum(n for n, _ in named), "outcome_right": round(sum(n * share for n, share in named))}
     if baseline:
         gain = [hit - baseline[i] for i, hit in mean.items()]
         row |= {"difference": float(np.mean(gain)), "difference_interval": interval(gain, videos)}
@@ -159,7 +163,9 @@ def mean_row(scores, baseline=None):
 
 def print_rows(rows):
     heads = "".join(f"{kind:>10s}" for kind in SHOWN)
-    print(f"\n{'variant':22s}{'accuracy':>9s}{'95 % interval':>16s}{'against full':>24s}{heads}   seeds")
+    print(
+        f"\n{'variant':22s}{'accuracy':>9s}{'95 % interval':>16s}{'against full':>24s}{heads}   outcome of pair   seeds"
+    )
     for name, row in rows.items():
         between, gain = "{:.3f} – {:.3f}".format(*row["interval"]), ""
         if "difference" in row:
@@ -167,7 +173,8 @@ def print_rows(rows):
         cells = (row["by_type"].get(kind) for kind in SHOWN)  # few clips may lack a type
         cells = "".join(f"{cell['accuracy']:10.3f}" if cell else " " * 10 for cell in cells)
         seeds = " ".join(f"{one:.3f}" for one in row["seeds"])
-        print(f"{name:22s}{row['accuracy']:9.3f}{between:>16s}{gain:>24s}{cells}   {seeds}")
+        met = "{outcome_right} of {named}".format(**row["held_out"])
+        print(f"{name:22s}{row['accuracy']:9.3f}{between:>16s}{gain:>24s}{cells}{met:>18s}   {seeds}")
 
 
 def plot(rows, path):
