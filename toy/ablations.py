@@ -162,10 +162,8 @@ def mean_row(scores, baseline=None):
 
 
 def print_rows(rows):
-    heads = "".join(f"{kind:>10s}" for kind in SHOWN)
-    print(
-        f"\n{'variant':22s}{'accuracy':>9s}{'95 % interval':>16s}{'against full':>24s}{heads}   outcome of pair   seeds"
-    )
+    heads = "".join(f"{kind:>10s}" for kind in SHOWN) + f"{'outcome of pair':>18s}"
+    print(f"\n{'variant':22s}{'accuracy':>9s}{'95 % interval':>16s}{'against full':>24s}{heads}   seeds")
     for name, row in rows.items():
         between, gain = "{:.3f} – {:.3f}".format(*row["interval"]), ""
         if "difference" in row:
