@@ -24,7 +24,7 @@ from toy import world
 from vidreason import VidReasonError, read_config
 
 DATA = ROOT / "runs" / "world" / "train"
-STEPS, VIDEOS, STORIES = {"llm": 3400, 1: 250, 2: 120}, 3000, 16000
+STEPS, VIDEOS, STORIES = {"llm": 3400, 1: 500, 2: 120}, 3000, 16000
 SYNTHETIC = ("explain", "predict")  # types of question: the two parts of Causal-Vid-Instruct
 VARIANTS = {  # → how each differs from the full recipe
     "full": {},
@@ -207,8 +207,9 @@ def ablate(args):
         raise VidReasonError(f"its runs had other settings ({runs}): give another --runs, or remove it")
     write_json(mark, told)
     write_data(runs)
-    own = [name for name in VARIANTS if name != "full"]
-    rounds = [[(name, seed) for name in part] for seed in seeds for part in (["full"], own)]  # own may need full's
+    later = [name for name in VARIANTS if VARIANTS[name].keys() & {"stages", "without"}]  # they use full's stage 1
+    parts = ([name for name in VARIANTS if name not in later], later)
+    rounds = [[(name, seed) for seed in seeds for name in part] for part in parts]
     with (
         ThreadPoolExecutor(args.processes) as pool,
         tqdm(total=len(VARIANTS) * (1 + args.seeds), desc="ablations") as bar,
