@@ -69,5 +69,17 @@ def test_readme_answers(capsys):
     assert world.check(capsys.readouterr().out, "the yellow pin will hit the red balloon and the red balloon will pop")
 
 
+def test_the_ablations_of_the_readme_are_those_of_the_result_file():
+    rows = json.loads((ROOT / "toy" / "ablations.json").read_text())["variants"]
+    lines = [line.split("|") for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| ")]
+    shown = {cells[1].strip(): cells for cells in lines if cells[1].strip() in rows}
+    assert shown.keys() == rows.keys()
+    for name, row in rows.items():
+        assert float(shown[name][2]) == round(row["accuracy"], 3), name
+        low, high = (float(x) for x in shown[name][3].split("–"))
+        assert [low, high] == row["interval"], name
+    assert (ROOT / "toy" / "ablations.png").read_bytes()[:4] == b"\x89PNG"
+
+
 def test_blind_answers_are_poor(scores):
     assert scores["blind_accuracy"] < 0.45 < scores["accuracy"]

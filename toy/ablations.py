@@ -163,7 +163,7 @@ def mean_row(scores, baseline=None):
 
 def print_rows(rows):
     heads = "".join(f"{kind:>10s}" for kind in SHOWN) + f"{'outcome of pair':>18s}"
-    print(f"\n{'variant':22s}{'accuracy':>9s}{'95 % interval':>16s}{'against full':>24s}{heads}   seeds")
+    print(f"\n{'variant':22s}{'accuracy':>9s}{'95 % interval':>16s}{'against full':>26s}{heads}   seeds")
     for name, row in rows.items():
         between, gain = "{:.3f} – {:.3f}".format(*row["interval"]), ""
         if "difference" in row:
@@ -172,7 +172,7 @@ def print_rows(rows):
         cells = "".join(f"{cell['accuracy']:10.3f}" if cell else " " * 10 for cell in cells)
         seeds = " ".join(f"{one:.3f}" for one in row["seeds"])
         met = "{outcome_right} of {named}".format(**row["held_out"])
-        print(f"{name:22s}{row['accuracy']:9.3f}{between:>16s}{gain:>24s}{cells}{met:>18s}   {seeds}")
+        print(f"{name:22s}{row['accuracy']:9.3f}{between:>16s}{gain:>26s}{cells}{met:>18s}   {seeds}")
 
 
 def plot(rows, path):
@@ -189,6 +189,7 @@ def plot(rows, path):
         axis.text(row["accuracy"], y + 0.18, f"{row['accuracy']:.3f}", ha="center", fontsize=9)
     axis.axvline(rows["full"]["accuracy"], ls=":", color="gray")
     axis.set_yticks(range(len(names)), names)
+    axis.set_ylim(-0.6, len(names) - 0.4)
     axis.set_xlabel("accuracy over all questions: mean of seeds with 95 % interval; small strokes: single seeds")
     figure.savefig(path.with_suffix(".partial"), format="png", dpi=110)
     path.with_suffix(".partial").rename(path)
