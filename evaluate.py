@@ -934,7 +934,8 @@ def compare(first, second):
     """Two result files, paired: accuracies, difference with its 95 % interval by video, McNemar's exact test, which
     takes every question for independent. All are means over questions, for VCR too: not its Q->AR."""
     a, b = read_items(first), read_items(second)
-    asked = lambda found, i: [found.get(i, {}).get(k) for k in ("id", "question", "options", "gold")]
+    film = lambda item: Path(film_of(item.get("video"))).stem.removeprefix("v_")  # folder and suffix may differ
+    asked = lambda found, i: i in found and [film(found[i]), *map(found[i].get, ("question", "options", "gold"))]
     other = [i for i in a.keys() | b.keys() if asked(a, i) != asked(b, i)]
     if other:
         raise VidReasonError(
