@@ -650,7 +650,7 @@ class FeatureCache:
         for index in sorted(self.folder.glob("shard-*.json")):
             shard, start = json.loads(index.read_text()), 0
             self.bad.update(shard["bad"])
-            self.sizes.update(zip(shard["videos"], shard.get("sizes", ()), strict=False))
+            self.sizes.update(zip(shard["videos"], shard.get("sizes", ()), strict=False))  # older ones have none
             for name, count in zip(shard["videos"], shard["counts"], strict=True):
                 self.videos[name] = (index.with_suffix(".safetensors"), start, start + count)
                 start += count
