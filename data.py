@@ -569,6 +569,7 @@ def write_shard(folder, names, outcomes, path):
 
 def claim(folder, print_, write):
     """Refuse a folder of features that were made otherwise; else mark it, if this process is the one to write."""
+    folder.mkdir(parents=True, exist_ok=True)
     mark = folder / "fingerprint.json"
     if mark.exists() and json.loads(mark.read_text()) != print_:
         raise VidReasonError(
@@ -594,11 +595,9 @@ def encode_videos(
 ):
     """Write Z_vision of every named video below `folder` to shards in `out`; of several ranks each does its part.
 
-    A killed run goes on where it stopped; a video that takes more than `patience` seconds counts as bad. `order`: one
-    of ORDERS, for a control.
+    A killed run goes on where it stopped. A video of more than `patience` seconds is bad. `order`: one of ORDERS.
     """
     out, folder = Path(out), Path(folder)
-    out.mkdir(parents=True, exist_ok=True)
     claim(out, fingerprint(config, model_dir, order), rank == 0)
     known = FeatureCache(out)
     known.check(folder, names)
@@ -650,7 +649,8 @@ class FeatureCache:
         for index in sorted(self.folder.glob("shard-*.json")):
             shard, start = json.loads(index.read_text()), 0
             self.bad.update(shard["bad"])
-            self.sizes.update(zip(shard["videos"], shard.get("sizes", ()), strict=False))  # older ones have none
+            if "sizes" in shard:  # older ones have none
+                self.sizes.update(zip(shard["videos"], shard["sizes"], strict=True))
             for name, count in zip(shard["videos"], shard["counts"], strict=True):
                 self.videos[name] = (index.with_suffix(".safetensors"), start, start + count)
                 start += count

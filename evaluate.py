@@ -424,8 +424,8 @@ def ask(model, samples, see, protocol, kept, batch=64, desc="answers"):
     lines = kept.read_bytes().splitlines(keepends=True) if kept.exists() else []
     lines = [json.loads(line) for line in lines if line.endswith(b"\n")]  # a kill may tear the last one
     names = [[asked[i].id for i in group] for group in groups]
-    same = [line["ids"] == ids for line, ids in zip(lines, names, strict=False)]  # a killed run kept fewer
-    lines = lines[: (same + [False]).index(False)]
+    wanted = iter(names)
+    lines = [*itertools.takewhile(lambda line: line["ids"] == next(wanted, None), lines)]
     with open(kept, "w") as file:
         file.writelines(json.dumps(line) + "\n" for line in lines)
         for number, group in enumerate(tqdm(groups, desc=desc)):
