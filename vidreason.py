@@ -132,11 +132,12 @@ def check_video(path):
             cover = av.stream.Disposition.attached_pic  # the picture on an album is no video
             is_video = container.format.name != "tty"  # FFmpeg takes any *.txt for a recorded terminal
             pictures = [s for s in container.streams.video if is_video and not s.disposition & cover]
+            promised = pictures[0].frames if pictures else None
     except READ_ERRORS as error:
         raise VidReasonError(f"not a video, or cut off ({path}): play it to check, or convert it to mp4") from error
-    if not pictures:
+    if promised is None:
         raise VidReasonError(f"file has sound or text but no picture ({path}): give a video")
-    return pictures[0].frames
+    return promised
 
 
 def _decode(path, promised, total, start=0.0, end=float("inf")):
