@@ -1,6 +1,7 @@
 """Score answers: a benchmark's questions, its own protocol, controls beside every number.
 
     python evaluate.py toy --seed 7 --clips 200 [--model DIR] [--out FILE]           # fresh clips of the toy world
+    python evaluate.py toy --seed 13 --clips 200 --summary toy/results.json          # the README's table, to keep
     python evaluate.py nextqa --annotations val.csv --videos DIR --model DIR         # our model on a benchmark
     python evaluate.py nextqa --annotations val.csv --predictions result.json        # another system's replies
     python evaluate.py compare A.json B.json                                         # two result files, paired
@@ -8,8 +9,12 @@
 
 Columns: "accuracy" counts everything that is missing, unreadable or cannot be parsed as wrong. "blind" asks the same
 without video, "black" shows a black one, "shuffled" the frames in random order, "one frame" the middle frame in every
-place: what a control keeps was not seen in the video, or not in its order. "chance" guesses among the options,
-"majority" always gives the commonest answer of the question's type. Intervals resample whole videos.
+place: what a control still gets right need not be seen in the video, or not in its order. "chance" guesses among the
+options, "majority" always gives the commonest answer of the question's type. Intervals resample whole videos; they know
+nothing of what another training run would have given.
+
+The toy's vision was trained with labels (TOY_VISION), so its table measures fusion, language and reasoning on top of
+that. A judge (--judge_url) sees no frame: it compares an answer with the reference.
 
 A killed run goes on when the same command is given again, if it has --out; its parts lie beside that file until then.
 """
@@ -291,7 +296,8 @@ def extract_choice(reply, options):
     """The option that a model's reply chooses → its index, or None: unparsable, which counts as wrong.
 
     An explicit final answer, the last one; else a letter that stands alone; else the only option that is mentioned, be
-    it in the conclusion. `options` come without their letters. Held against the verdicts of VLM4D that people checked.
+    it in the conclusion. `options` come without their letters. Held against VLM4D's verdicts, which are an LLM's,
+    cross-checked by hand.
     """
     reply = re.sub(r"<think>.*?(?:</think>|$)", "", reply, flags=re.DOTALL)
     for cue in reversed([*CUE.finditer(reply)][-20:]):
@@ -527,11 +533,17 @@ def evaluate_model(args, model, samples, work, protocol, same=exact):
 
 # --------------------------------------------------------------------------- the toy world
 
+TOY_VISION = (
+    "the toy's encoder learned from the simulator's labels (kinds, colours, motions, who hits whom, up to .75 s "
+    "ahead), its SAM from the renderer's masks: this measures fusion, language and reasoning on top of vision trained "
+    "with labels"
+)
+
 
 def toy_questions(seed, clips, folder, split="test"):
     """Write the clips as mp4 → one record per question.
 
-    A fifth more clips show pairs of kinds that no training video shows.
+    A fifth more clips show pairs of kinds that no training video shows; training texts say what comes of them.
     """
     from toy import world
 
@@ -568,6 +580,8 @@ def evaluate_toy(args, model, work):
     for sample, item in zip(samples, items, strict=True):
         item |= {"options": sample.options, "option": chosen.get(sample.id)}
         by_type[item["type"]].append(item)
+    for kind, row in summary["by_type"].items():
+        row["majority_answer"] = Counter(item["gold"] for item in by_type[kind]).most_common(1)[0][0]
     for t in {"predict", "held-out"} & by_type.keys():
         outcome = {i["id"]: world.check_outcome(i["prediction"], i["gold"]) for i in by_type[t]}
         named = [outcome[i["id"]] for i in by_type[t] if world.names_pair(i["prediction"], i["gold"])]
@@ -577,6 +591,42 @@ def evaluate_toy(args, model, work):
             "outcome_where_named": round(float(np.mean(named)), 4) if named else None,
         }
     return summary, items
+
+
+def read_tables(path):
+    """The tables that a --summary file holds so far: {seed as text: table}; none if there is no such file."""
+    if not path.exists():
+        return {}
+    try:
+        return dict(json.loads(path.read_text())["streams"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise VidReasonError(f"no file of tables: {error!r} ({path}): give --summary another name") from error
+
+
+def keep_table(path, args, summary, origin):
+    """Add this stream's table to the file at `path`, in place of an older one of the same --seed.
+
+    It is the summary without a line per question, with what is needed to get it again.
+    """
+    tables = read_tables(path)
+    split = "" if args.split == "test" else f" --split {args.split}"
+    command = f"python evaluate.py toy --seed {args.seed} --clips {args.clips}{split}"
+    told = {"command": command, "date": time.strftime("%F")}
+    told |= {name: origin[name] for name in ("seed", "clips", "split", "python", "versions", "weights_sha256")}
+    counts = {name: summary[name] for name in ("missing", "unreadable", "empty", "unparsed")}
+    rows = {"all together": summary, **summary["by_type"]}
+    kept = {kind: table_row(row) for kind, row in rows.items()}
+    tables[str(args.seed)] = {**told, "vision": TOY_VISION, **counts, "rows": kept}
+    aside = path.with_name(path.name + ".partial")
+    aside.write_text(json.dumps({"streams": dict(sorted(tables.items()))}, indent=1) + "\n")
+    aside.rename(path)
+
+
+def table_row(row):
+    """What a table shows of a group: its n, accuracies and intervals, and the counts of its outcomes."""
+    wanted = ("n", "majority_answer", "pair_named", "outcome_where_named")
+    shown = {name: value for name, value in row.items() if name in wanted or name.endswith(("accuracy", "interval"))}
+    return {name: round(value, 6) if isinstance(value, float) else value for name, value in shown.items()}
 
 
 # --------------------------------------------------------------------------- open-ended answers
@@ -771,6 +821,7 @@ def ask_judge(url, model, prompt, kept, key, timeout, tries):
 def judge(items, url, model, cache, workers=8, timeout=60, tries=5):
     """§4.3.2: the mean of each axis over `items` of {"id", "question", "reference", "answer"}, and each one's verdict.
 
+    Unlike the paper's words suggest, the judge sees no frame: "factual_grounding" is agreement with the reference.
     Valid replies are kept in the folder `cache`: a rerun asks nothing and scores the same. What failed for good is
     listed under "failed" and not scored.
     """
@@ -976,7 +1027,7 @@ def print_comparison(found):
 
 def origin_of(args, model=None):
     """What a reader needs to reproduce the numbers, and what a run that goes on must share with the killed one."""
-    libraries = ("torch", "transformers", "peft", "segment-anything", "numpy")
+    libraries = ("torch", "transformers", "peft", "segment-anything", "numpy", "av")
     told = {"benchmark": args.benchmark, "python": platform.python_version()}
     told["versions"] = {name: version(name) for name in libraries}
     for kind in ("annotations", "predictions"):
@@ -1111,9 +1162,16 @@ def evaluate(args):
         probe = args.out.with_name(args.out.name + ".partial")
         probe.touch()
         probe.unlink()
+    if getattr(args, "summary", None):
+        read_tables(args.summary)
+        args.summary.parent.mkdir(parents=True, exist_ok=True)
     replies = getattr(args, "predictions", None)
     summary, items, origin = run_predictions(args) if replies else run_model(args)
     print_table(summary)
+    if args.benchmark == "toy":
+        print(f"vision: {TOY_VISION}")
+    if getattr(args, "summary", None):
+        keep_table(args.summary, args, summary, origin)
     score_words(args, summary, items)
     if args.out:
         write_json(args.out, {"summary": summary, "provenance": origin, "items": items})
@@ -1159,7 +1217,8 @@ def parse():
     workers = 4 if torch.cuda.is_available() else os.cpu_count()  # each holds a SAM of its own
     common.add_argument("--processes", type=positive, default=workers, help="processes that look at videos")
     common.add_argument("--batch", type=positive, default=64, help="questions answered together (default 64)")
-    common.add_argument("--judge_url", help="OpenAI-compatible endpoint that judges open answers, https://…/v1")
+    judged = "OpenAI-compatible endpoint, https://…/v1, that judges open answers by the reference; it sees no frame"
+    common.add_argument("--judge_url", help=judged)
     common.add_argument(
         "--judge_model", default="gpt-4o-2024-08-06", help="a dated name: undated ones drift (%(default)s)"
     )
@@ -1167,10 +1226,13 @@ def parse():
     common.add_argument(
         "--bert_model", default="roberta-large", help="of BERTScore: a hub id or a folder (%(default)s)"
     )
-    toy = kinds.add_parser("toy", parents=[common], help="fresh clips of the toy world")
+    told = f"Fresh clips of the toy world. To know: {TOY_VISION}."
+    toy = kinds.add_parser("toy", parents=[common], help="fresh clips of the toy world", description=told)
     toy.add_argument("--seed", type=int, default=0, help="which stream of clips (default 0)")
     toy.add_argument("--clips", type=positive, default=200, help="a fifth more show held-out pairs (default 200)")
     toy.add_argument("--split", choices=["val", "test"], default="test", help="val for choosing (default test)")
+    kept = "keep the table in FILE, beside those of other --seed: no line per question"
+    toy.add_argument("--summary", type=Path, metavar="FILE", help=kept)
     toy.add_argument("--ablations", action="store_true", help="retrain and score the recipe without each of its parts")
     toy.add_argument("--seeds", type=positive, default=3, help="runs of each variant (--ablations, default 3)")
     toy.add_argument("--runs", type=Path, default=ROOT / "runs" / "ablations", help="where they lie (--ablations)")
@@ -1194,6 +1256,8 @@ def parse():
     args = parser.parse_args()
     if getattr(args, "seed", 0) < 0:
         parser.error("--seed must not be negative")
+    if args.benchmark == "toy" and args.ablations and args.summary:
+        parser.error("--summary keeps the table of one model, --ablations has one of its own (--out): give one of them")
     if args.benchmark not in ("toy", "compare") and not (args.predictions or args.videos):
         parser.error("--videos DIR for our model, or --predictions FILE… for another system's replies")
     if args.benchmark == "compare" and args.ranks and not args.human_sheet:

@@ -17,7 +17,7 @@ import torch
 import data
 import evaluate
 from data import Sample
-from vidreason import VidReason, read_video
+from vidreason import VidReason, VidReasonError, read_video
 
 ROOT = Path(__file__).resolve().parent.parent
 CLIPS, WEIGHTS = ROOT / "toy" / "clips", ROOT / "toy" / "weights"
@@ -296,3 +296,54 @@ def test_the_ablated_model_without_fusion_core_is_a_mean_and_a_linear_layer(mode
     found = core(z, torch.zeros(2, 5), mask)
     by_hand = core.linear_proj(core.norm_out(core.queries + core.proj_in(core.norm_in(z[0, :3])).mean(0)))
     assert found.shape == (2, 1, 16) and torch.allclose(found[0], by_hand, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    """Two clips of the toy world, scored: (all that --out wrote, the table that --summary kept, what was printed)."""
+    folder = tmp_path_factory.mktemp("table")
+    (folder / "tables.json").write_text(json.dumps({"streams": {"5": {"rows": {}}, "8": {"rows": "older"}}}))
+    asked = ["toy", "--seed", 8, "--clips", 2, "--split", "val", "--controls", "blind", "--processes", 1]
+    shown = call(*asked, "--out", folder / "all.json", "--summary", folder / "tables.json")
+    return json.loads((folder / "all.json").read_text()), json.loads((folder / "tables.json").read_text()), shown
+
+
+def test_a_kept_table_is_the_summary_beside_those_of_other_streams(table):
+    found, kept, _ = table
+    streams = kept["streams"]
+    assert streams.keys() == {"5", "8"} and streams["5"] == {"rows": {}}
+    summary, stream = found["summary"], streams["8"]
+    assert stream["command"] == "python evaluate.py toy --seed 8 --clips 2 --split val"
+    assert stream["weights_sha256"] == found["provenance"]["weights_sha256"]
+    assert stream["rows"].keys() == {"all together", *summary["by_type"]}
+    for kind, row in {"all together": summary, **summary["by_type"]}.items():
+        shown = stream["rows"][kind]
+        assert shown["n"] == row["n"] and shown["interval"] == row["interval"]
+        for name in ("accuracy", "blind_accuracy", "majority_accuracy"):
+            assert shown[name] == pytest.approx(row[name], abs=1e-6)
+    golds = [item["gold"] for item in found["items"] if item["type"] == "count"]
+    assert golds.count(stream["rows"]["count"]["majority_answer"]) == max(golds.count(gold) for gold in golds)
+    assert "items" not in stream
+
+
+def test_the_toy_says_that_its_vision_was_trained_with_labels(table, monkeypatch, capsys):
+    _, kept, shown = table
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "toy", "--help"])
+    with pytest.raises(SystemExit):
+        evaluate.parse()
+    for text in (shown, kept["streams"]["8"]["vision"], capsys.readouterr().out):
+        assert "on top of vision trained with labels" in " ".join(text.split())
+
+
+def test_a_summary_that_cannot_be_kept_is_refused_before_the_work(tmp_path, monkeypatch):
+    def called(*options):
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", "toy", *map(str, options)])
+        evaluate.main()
+
+    monkeypatch.setattr(evaluate, "run_model", lambda args: pytest.fail("the work has begun"))
+    (tmp_path / "other.json").write_text('{"variants": {}}')
+    with pytest.raises(VidReasonError, match="no file of tables.*other.json"):
+        called("--summary", tmp_path / "other.json")
+    assert (tmp_path / "other.json").read_text() == '{"variants": {}}'
+    with pytest.raises(VidReasonError, match="--summary"):
+        called("--ablations", "--summary", tmp_path / "new.json")
