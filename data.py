@@ -1,7 +1,7 @@
 """Data: every dataset becomes the same record, frozen vision is computed once, step k's batch is a function of k.
 
     python data.py features --videos DIR --out DIR [--model DIR]      # every video's Z_vision, ready for any later run
-    python data.py instruct --videos DIR --teacher URL --model NAME --out FILE.jsonl      # Causal-Vid-Instruct
+    python data.py instruct --videos DIR --teacher URL --model NAME --out FILE.jsonl      # as Causal-Vid-Instruct
 
 Records come from
     *.jsonl   {"id", "video", "question", "answer"}; without "question" it is a caption (or "caption" stands in place of
@@ -46,6 +46,7 @@ from tqdm import tqdm
 from vidreason import (
     CAPTION_PROMPT,
     PREDICT_PROMPT,
+    READER,
     REASON_PROMPT,
     Conversation,
     Features,
@@ -67,7 +68,7 @@ VIDEO_SUFFIXES = (".mp4", ".webm", ".mkv", ".avi", ".mov")
 
 @dataclass(slots=True)
 class Sample:
-    """One question (or caption) about one video; video None: text alone. About 0.4 kB of memory each."""
+    """One question (or caption) about one video; video None: text alone. Every rank holds all in memory."""
 
     id: str
     video: str | None  # may end in a span of seconds: film.mp4#t=2.5,8
@@ -515,6 +516,7 @@ def fingerprint(config, model_dir, order=None) -> dict:
         path = Path(model_dir, settings[part])
         if path.is_file():
             settings[part] = sha256(path)[:16]
+    settings["reader"] = READER
     return {**settings, "order": order} if order else settings
 
 
@@ -573,7 +575,8 @@ def claim(folder, print_, write):
     mark = folder / "fingerprint.json"
     if mark.exists() and json.loads(mark.read_text()) != print_:
         raise VidReasonError(
-            f"features were made by another encoder, SAM or settings ({folder}): give another --features folder"
+            f"features were made by another encoder, SAM or settings, or of other frames ({folder}): "
+            "give another --features folder"
         )
     if write:
         write_json(mark, print_)
@@ -758,7 +761,7 @@ class Batches:
 
 
 def write_familiar(cache, path, quantile=0.999):
-    """What the clips of a cache look like, so that infer.py can say that a clip is unlike them.
+    """What the clips of a cache look like, so that infer.py can say that a clip is unlike them, if not of each.
 
     mean (D_v,) and whiten (D_v, D_v) of the global tokens, limit (): almost every known video stays below it.
     """
@@ -927,7 +930,9 @@ def finished(out, head):
 def instruct(args, names):
     """Causal-Vid-Instruct (§4.1.2): a teacher explains each video and predicts what follows, two records for stage 2.
 
-    Both are written at once, so that a killed run goes on without gap or double; what has failed is asked again, too.
+    The second record has the paper's prompt, which asks for three events, and as its answer the one that the paper's
+    teacher prompt asks for. Both are written at once, so that a killed run goes on without gap or double; what has
+    failed is asked again, too.
     """
     # by hash: --max_videos takes a fair sample, and a larger number only adds to it
     names = sorted(names, key=lambda name: hashlib.sha256(os.fsencode(name)).digest())[: args.max_videos]

@@ -3,8 +3,10 @@
     python evaluate.py toy --ablations [--seeds 3] [--clips 200] [--processes 2]
 
 What a part changes is trained again: an LLM once, stages 1 and 2 once per seed. Runs are short (STEPS), so compare a
-row with "full" here, not with the shipped weights, which were trained for longer. All of it lies in runs/ablations; a
-killed run goes on. The table is printed, and written with a plot to toy/ablations.json and toy/ablations.png.
+row with "full" here, not with the shipped weights, which were trained for longer. Encoder and SAM are the shipped ones
+in every variant, trained with labels. Seeds vary stages 1 and 2, not the LLM; intervals resample videos, not seeds, and
+stand beside the accuracy over all questions only: what a single type shows was observed, not shown. All of it lies in
+runs/ablations; a killed run goes on. The table is printed, and written with a plot to toy/ablations.json and .png.
 """
 
 import json
