@@ -9,16 +9,16 @@ One shape alphabet, used in every docstring and line-end comment:
 
 import itertools
 import json
+import math
 import os
 import re
 import shutil
-from collections import OrderedDict
+from collections import OrderedDict, deque
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
-
-os.environ.setdefault("DECORD_EOF_RETRY_MAX", "512")  # its 10240 spins for minutes on a cut file
 
 import av
 import numpy as np
@@ -33,12 +33,7 @@ from torch import nn
 from torchvision.transforms.functional import InterpolationMode, center_crop, resize
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-try:
-    import decord
-    decord.logging.set_level(decord.logging.QUIET)
-except ImportError:  # decord has no wheels for arm64: PyAV reads everything there
-    decord = None
-READ_ERRORS = (OSError, ValueError, RuntimeError, IndexError, av.FFmpegError, getattr(decord, "DECORDError", OSError))
+READ_ERRORS = (OSError, ValueError, RuntimeError, IndexError, av.FFmpegError)
 
 
 class VidReasonError(Exception):
@@ -92,27 +87,44 @@ PRESETS = {
 
 
 # ------------------------------------------------------------------------------------------- §3.1.1 video -> clips
+READER = "PyAV: the picture on screen at each moment, upright, in square pixels"  # features name what made them
+RESTARTING = ("mpegts", "mpeg")  # formats whose files people join end to end, each with a clock of its own
+INDEXED = ("mov", "matroska")  # formats that store when each picture is shown, and where decoding may begin
+
 _resize = partial(resize, interpolation=InterpolationMode.BICUBIC, antialias=True)  # pixels that fit stay as they are
 
 
 def read_video(path, num_clips, frames_per_clip, image_size, keyframe_size=512, order=slice(None)):
     """Cut a video into N_t equal spans and take the frames shown at the centres of the F equal parts of each (§3.1.1).
-    -> frames uint8 (N_t, F, 3, image_size, image_size); times float32 (N_t, F), seconds since the start by the file's
-    own timestamps, which a variable frame rate needs; keyframes: the middle frame (index F // 2) of each clip,
-    uint8 array (S, S, 3), S <= keyframe_size. Both show the centre square of the picture, so a mask of one fits the
-    patches of the other. A video of few frames repeats them. order (for controls): which of the N_t * F frames to show
-    in the place of each; times stay. The path may end in a span of the file (split_span). Raises VidReasonError for a
-    file that is missing, empty, truncated, not a video or without picture."""
-    path, *span = split_span(path)
-    which, times, pictures = _decode(path, check_video(path), num_clips * frames_per_clip, *span)
-    which = which[order]
-    tensors = (torch.from_numpy(np.ascontiguousarray(picture)).permute(2, 0, 1) for picture in pictures)
-    squares = [center_crop(picture, min(picture.shape[1:])) for picture in tensors]
-    frames = torch.stack([_resize(square, [image_size]) for square in squares])[which]
-    middle = which.reshape(num_clips, frames_per_clip)[:, frames_per_clip // 2]
-    side = min(keyframe_size, squares[0].shape[-1])
-    keyframes = [_resize(squares[i], [side]).permute(1, 2, 0).numpy() for i in middle]
-    return frames.unflatten(0, (num_clips, frames_per_clip)), times.view(num_clips, frames_per_clip), keyframes
+    -> frames uint8 (N_t, F, 3, image_size, image_size); times float32 (N_t, F), seconds since the start at which each
+    came on screen; keyframes: the middle frame (index F // 2) of each clip, uint8 array (S, S, 3), S <= keyframe_size.
+    A frame is what a player shows at that second: upright, in square pixels, nothing that an edit list hides. Both show
+    the centre square of the picture, so a mask of one fits the patches of the other. A video of few frames repeats
+    them. order (for controls): which of the N_t * F frames to show in the place of each; times stay. The path may end
+    in a span of the file (split_span). Raises VidReasonError for a file that is missing, empty, truncated, not a video
+    or without picture, and for a span in which nothing is shown."""
+    path, start, end = split_span(path)
+    check_video(path)
+    total = num_clips * frames_per_clip
+    try:
+        timeline = read_timeline(path)
+        end = min(end, timeline.end)
+        if start >= end:
+            raise VidReasonError(f"nothing is shown from {start} to {end} s ({path}): give a span within the video")
+        centres = start + (end - start) * (np.arange(total) + 0.5) / total
+        began, pictures = pictures_at(path, timeline, centres, max(image_size, keyframe_size))
+    except READ_ERRORS as error:
+        raise VidReasonError(f"video is truncated or damaged: {str(error)[:80]} ({path}): get it again") from error
+
+    squares = [center_crop(picture, min(picture.shape[1:])) for picture in pictures]
+    positions = np.arange(total)[order].reshape(num_clips, frames_per_clip)
+    frames = torch.stack([_resize(squares[i], [image_size]) for i in positions.flat])
+    keyframes = []
+    for i in positions[:, frames_per_clip // 2]:
+        side = min(keyframe_size, squares[i].shape[-1])
+        keyframes.append(_resize(squares[i], [side]).permute(1, 2, 0).numpy())
+    times = torch.from_numpy(began - start).float().clip(min=0)  # what a span begins with may have come before it
+    return frames.unflatten(0, positions.shape), times.view(positions.shape), keyframes
 
 
 def split_span(path):
@@ -122,69 +134,247 @@ def split_span(path):
 
 
 def check_video(path):
-    """How many frames the container promises (0: does not say). Raises VidReasonError unless the file holds a video."""
+    """Raises VidReasonError unless the file holds a video. Looks at its header only."""
     path = Path(split_span(path)[0])
     if not path.is_file() or path.stat().st_size == 0:
         what = "video file is empty" if path.is_file() else "video is a directory" if path.is_dir() else "no such video"
         raise VidReasonError(f"{what} ({path}): give the path of a video file")
     try:
         with av.open(str(path)) as container:
-            cover = av.stream.Disposition.attached_pic  # the picture on an album is no video
-            is_video = container.format.name != "tty"  # FFmpeg takes any *.txt for a recorded terminal
-            pictures = [s for s in container.streams.video if is_video and not s.disposition & cover]
-            promised = pictures[0].frames if pictures else None
+            has_picture = picture_stream(container) is not None
     except READ_ERRORS as error:
         raise VidReasonError(f"not a video, or cut off ({path}): play it to check, or convert it to mp4") from error
-    if promised is None:
+    if not has_picture:
         raise VidReasonError(f"file has sound or text but no picture ({path}): give a video")
-    return promised
 
 
-def _decode(path, promised, total, start=0.0, end=float("inf")):
-    """-> (which picture stands at each of `total` positions, int array; their seconds, float tensor; the pictures)."""
-    for open_video in (_open_decord, _open_pyav):
-        try:
-            starts, fetch = open_video(path)
-            if len(starts) < 0.9 * promised:  # headers may be off by a few frames, a broken download by many
-                raise OSError(f"only {len(starts)} of {promised} frames are there")
-            step = (starts[-1] - starts[0]) / max(1, len(starts) - 1)
-            first, last = starts[0] + start, min(starts[0] + end, starts[-1] + step)
-            if first >= last and (start or not end):
-                raise VidReasonError(f"nothing is shown from {start} to {end} s ({path}): give a span within the video")
-            centres = first + (last - first) * (np.arange(total) + 0.5) / total
-            indices = np.clip(np.searchsorted(starts, centres, side="right") - 1, 0, len(starts) - 1)
-            unique, which = np.unique(indices, return_inverse=True)
-            return which, torch.as_tensor(starts[indices] - first).float().clip(min=0), fetch(unique)
-        except READ_ERRORS as caught:
-            error = caught
-    raise VidReasonError(f"video is truncated or damaged: {str(error)[:80]} ({path}): get it again") from error
+def picture_stream(container):
+    """The stream that a player shows, to be decoded in this thread: the default one, else the largest; None without."""
+    if container.format.name == "tty":  # FFmpeg takes any *.txt for a recorded terminal
+        return None
+    cover = av.stream.Disposition.attached_pic  # the picture on an album is no video
+    default = av.stream.Disposition.default
+    streams = [stream for stream in container.streams.video if not stream.disposition & cover]
+    ranks = [(bool(stream.disposition & default), stream.width * stream.height) for stream in streams]
+    if not streams:
+        return None
+    stream = streams[ranks.index(max(ranks))]
+    stream.codec_context.thread_count = 1  # programs that read many films have a process for each core
+    return stream
 
 
-def _open_decord(path):
-    """-> (start of every frame in seconds, function from sorted indices to their pictures (H, W, 3) uint8)."""
-    if decord is None:
-        raise OSError("decord is not installed")
-    reader = decord.VideoReader(str(path), num_threads=1)
-    spans = np.asarray(reader.get_frame_timestamp(range(len(reader))), dtype=np.float64)
-    return spans[:, 0], lambda indices: reader.get_batch(indices).asnumpy()
+def demux(container, stream):
+    """The packets of a stream, coded pictures and the empty one that empties the decoder. Where streams were joined,
+    the clock of what follows is put right: it goes on without a gap, as players do."""
+    restarts = container.format.name in RESTARTING
+    offset = 0
+    expected = None
+    for packet in container.demux(stream):
+        if packet.size == 0 and packet.dts is not None:
+            continue  # a picture left out: the one before it stays
+        if restarts and packet.dts is not None:
+            jump = 0 if expected is None else float((packet.dts + offset - expected) * stream.time_base)
+            if jump < -0.1 or jump > 10:  # seconds; FFmpeg's own limits
+                offset = expected - packet.dts
+            packet.dts += offset
+            packet.pts = None if packet.pts is None else packet.pts + offset
+            expected = packet.dts + (packet.duration or 0)
+        yield packet
 
 
-def _open_pyav(path):
-    """The same with PyAV, which knows newer codecs but leaves rotation to us; decodes the file twice."""
+class CodedPicture(NamedTuple):
+    """What a container tells of one picture; its time stamps are in ticks, or None."""
+    shown_at: int | None
+    decoded_at: int | None
+    duration: int
+    is_key: bool
+    is_hidden: bool  # by an edit list
 
-    def decoded():
-        with av.open(str(path)) as container:
-            yield from container.decode(video=0)
 
-    starts = np.array([i / 25 if frame.time is None else frame.time for i, frame in enumerate(decoded())])
-    if not len(starts):
-        raise OSError("no frame can be decoded")
+@dataclass
+class Timeline:
+    """When the pictures of a film come on screen, in seconds since the first one."""
+    starts: np.ndarray  # of every picture, ascending
+    end: float  # when the last one goes
+    zero: int  # time stamp of the first one, in ticks
+    tick: float  # seconds
+    counted: bool  # time stamps are not to be trusted: the i-th picture that comes out of the decoder is at starts[i]
+    keyframes: np.ndarray  # seconds at which decoding may begin, ascending; empty: at the start of the file only
 
-    def fetch(indices):
-        chosen = (frame for i, frame in enumerate(decoded()) if i in indices)
-        return [np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90) for frame in chosen]
 
-    return starts, fetch
+def read_timeline(path):
+    """The timeline by the packets of a file, none of which is decoded. Raises OSError if many of them are missing."""
+    pictures = []
+    with av.open(path) as container:
+        stream = picture_stream(container)
+        promised, rate, tick = stream.frames, float(stream.average_rate or 25), float(stream.time_base)
+        counted = not stores_presentation_times(container, stream)
+        indexed = container.format.name.startswith(INDEXED)
+        for packet in demux(container, stream):
+            if packet.size:
+                known = packet.pts, packet.dts, packet.duration or 0, packet.is_keyframe, packet.is_discard
+                pictures.append(CodedPicture(*known))
+    if not pictures:
+        raise OSError("no picture is there")
+
+    # A header may be off by a few pictures, and an AVI's counts those that are left out; a broken download lacks many.
+    decoded_at = [picture.decoded_at for picture in pictures if picture.decoded_at is not None] or [0]
+    there = max(len(pictures), (max(decoded_at) - min(decoded_at)) * tick * rate)
+    if there < 0.9 * promised:
+        raise OSError(f"only {len(pictures)} of {promised} frames are there")
+
+    shown = [picture for picture in pictures if not picture.is_hidden] or pictures
+    counted = counted or any(picture.shown_at is None for picture in shown)
+    stamps = [picture.decoded_at if counted else picture.shown_at for picture in shown]
+    step = 1 / (rate * tick)
+    if None in stamps:
+        stamps = [step * i for i in range(len(shown))]
+    last = shown[stamps.index(max(stamps))]
+    keys = [picture.shown_at for picture in shown if picture.is_key and indexed and not counted]
+
+    zero = min(stamps)
+    starts = (np.sort(stamps) - zero) * tick
+    usual = np.median(np.diff(starts)) if len(starts) > 1 else step * tick
+    end = starts[-1] + (last.duration * tick or usual)
+    return Timeline(starts, float(end), zero, tick, counted, (np.sort(keys) - zero) * tick)
+
+
+def stores_presentation_times(container, stream):
+    """Whether a container says when a picture is shown. AVI and ASF say when it is decoded, which B-frames make another
+    time; so does Matroska of a stream that it holds as an AVI would, which bears a codec tag."""
+    wrapped = container.format.name.startswith("matroska") and stream.codec_context.codec_tag.strip("\0")
+    return container.format.name not in ("avi", "asf") and not wrapped
+
+
+class OutOfStep(OSError):
+    """What comes out of the decoder contradicts the timeline."""
+
+
+def pictures_at(path, timeline, seconds, side):
+    """The pictures on screen at some seconds, ascending. -> (when each of them began, float array; the pictures, list
+    of uint8 tensors (3, H, W), upright, whose short side is at most `side`). Where the container has a table of
+    keyframes, jumps between them and decodes only what it must; if what comes is not what the container announced,
+    plays all from the start; if time stamps contradict each other, decodes the film once more to put them in order.
+    Raises OSError if nothing can be decoded."""
+    try:
+        return watch(path, timeline, seconds, side)
+    except OutOfStep:
+        from_start = replace(timeline, keyframes=timeline.keyframes[:0])
+    try:
+        return watch(path, from_start, seconds, side)
+    except OutOfStep:
+        return watch(path, count_pictures(path, timeline), seconds, side)
+
+
+def watch(path, timeline, seconds, side):
+    """pictures_at in one pass. Raises OutOfStep where the film does not keep to the timeline."""
+    began, pictures = [], []
+    expected = timeline.starts[np.searchsorted(timeline.starts, seconds, side="right") - 1]
+    sparse = len(timeline.keyframes) > 0
+    wanted = {timeline.zero + round(start / timeline.tick) for start in expected} if sparse else None
+    with av.open(path) as container:
+        stream = picture_stream(container)
+        aspect = float(stream.sample_aspect_ratio or 1)
+        played = play(container, stream, timeline, wanted)
+        shown, coming = next(played, None), next(played, None)
+        if shown is None:
+            raise OSError("no frame can be decoded")
+        for now, start in zip(seconds, expected, strict=True):
+            passed = timeline.keyframes[timeline.keyframes <= now]
+            if coming and len(passed) and coming.start < passed[-1]:
+                played = jump(container, stream, timeline, wanted, passed[-1])
+                shown, coming = next(played), next(played, None)
+            while coming and coming.start <= now:
+                shown, coming = coming, next(played, None)
+            if sparse and shown.start != start:
+                raise OutOfStep("another picture than the container announced")
+            if not began or began[-1] != shown.start:
+                picture = to_picture(shown.frame, aspect, side)
+            began.append(shown.start)
+            pictures.append(picture)
+        if timeline.counted:
+            deque(played, maxlen=0)  # whether the count was right is known at the end of the film
+    return np.array(began), pictures
+
+
+class Shown(NamedTuple):
+    """A decoded frame and the second at which it comes on screen."""
+    start: float
+    frame: av.VideoFrame
+
+
+def play(container, stream, timeline, wanted=None):
+    """Yields the frames from where the container stands, in the order in which they are shown."""
+    number, last = 0, -math.inf
+    for frame in decode(container, stream, wanted):
+        if timeline.counted:
+            if number == len(timeline.starts):
+                raise OutOfStep("more pictures than packets")
+            start = timeline.starts[number]
+            number += 1
+        else:
+            if frame.pts is None:
+                raise OutOfStep("a picture without time stamp")
+            start = (frame.pts - timeline.zero) * timeline.tick
+            if start <= last:
+                raise OutOfStep("time goes back")
+            last = start
+        yield Shown(start, frame)
+    if timeline.counted and number < len(timeline.starts):
+        raise OutOfStep("fewer pictures than packets")
+
+
+def jump(container, stream, timeline, wanted, keyframe):
+    """The same from `keyframe` seconds on. Pictures before that lean on others that were jumped over."""
+    container.seek(timeline.zero + round(keyframe / timeline.tick), stream=stream)
+    played = itertools.dropwhile(lambda shown: shown.start < keyframe, play(container, stream, timeline, wanted))
+    first = next(played, None)
+    if first is None or first.start != keyframe:
+        raise OutOfStep("a jump did not lead to its keyframe")
+    return itertools.chain([first], played)
+
+
+def decode(container, stream, wanted=None):
+    """Yields the frames of a stream, or without some that no other leans on if their time stamp is not `wanted`.
+    What cannot be decoded is left out, as by players: the picture before stays."""
+    for packet in demux(container, stream):
+        if wanted is not None:
+            stream.codec_context.skip_frame = "DEFAULT" if packet.pts in wanted else "NONREF"
+        with suppress(av.InvalidDataError):
+            yield from packet.decode()
+
+
+def count_pictures(path, timeline):
+    """The timeline of a film whose packets do not tell it: the time stamps of all its decoded pictures, in order."""
+    with av.open(path) as container:
+        stamps = [frame.pts for frame in decode(container, picture_stream(container))]
+    if None in stamps:
+        starts = np.arange(len(stamps)) * timeline.end / len(stamps)
+    else:
+        starts = (np.sort(stamps) - min(stamps)) * timeline.tick
+    return replace(timeline, starts=starts, counted=True, keyframes=timeline.keyframes[:0])
+
+
+def to_picture(frame, aspect, side):
+    """A decoded frame as it is displayed -> uint8 tensor (3, H, W), its short side shrunk to `side` if it is longer.
+    aspect: width / height of a pixel."""
+    shrink = min(1.0, side / min(frame.width * aspect, frame.height))
+    width, height = round(frame.width * aspect * shrink), round(frame.height * shrink)
+    picture = frame.reformat(width, height, "rgb24", interpolation="BICUBIC").to_ndarray()
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is not None:
+        picture = turn(picture, np.frombuffer(matrix, np.int32))
+    return torch.from_numpy(np.ascontiguousarray(picture)).permute(2, 0, 1)
+
+
+def turn(picture, matrix):
+    """Turn and mirror a picture (H, W, 3) by the matrix of its track, which moves (x, y) to (a x + c y, b x + d y)."""
+    a, b, _, c, d = matrix[:5].tolist()
+    down, right = d, a
+    if abs(b) > abs(a):  # a quarter turn: rows become columns
+        picture = picture.transpose(1, 0, 2)
+        down, right = b, c
+    return picture[:: -1 if down < 0 else 1, :: -1 if right < 0 else 1]
 
 
 # ------------------------------------------------------------------------------------ Eq. 1: the video transformer
