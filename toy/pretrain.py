@@ -16,14 +16,18 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # a busy neighbour costs 25 × otherwise, see the README
 import argparse
+import fcntl
 import hashlib
 import json
 import math
 import multiprocessing
 import shutil
+import signal
 import subprocess
 import time
 from collections import Counter, defaultdict
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
@@ -38,6 +42,7 @@ from toy import world
 
 ROOT = Path(__file__).resolve().parent.parent
 WEIGHTS, RUNS = ROOT / "toy" / "weights", ROOT / "runs"
+MP4_BYTES = 57_000  # of one video, on average
 
 
 def autocast():
@@ -90,40 +95,108 @@ def train(log_path, parameters, lr, steps, loss_of_step, watch, weight_decay=0.0
 
 
 def make_video(job):
-    split, seed, index, folder = job
+    """One video of a split as mp4 -> (its caption's record, its questions' records, its arrays for stage 0 or None)"""
+    split, seed, index, folder, arrays = job
+    clip, name = world.make_clip(seed, index, split), world.sample_id(split, seed, index)
+    try:
+        questions = world.write_clip(clip, name, folder, keep=not arrays)
+    except OSError as error:  # PyAV's own kinds of it do not travel between processes
+        raise OSError(error.errno, error.strerror, str(folder)) from None
+    caption = {"id": name, "video": f"{name}.mp4", "caption": world.caption(clip)}
+    if not arrays:
+        return caption, questions, None
     from vidreason import PRESETS, read_video
 
-    clip = world.make_clip(seed, index, split)
-    name = world.sample_id(split, seed, index)
-    records = world.write_clip(clip, name, folder)
     toy = PRESETS["toy"]
     frames, _, _ = read_video(folder / f"{name}.mp4", toy.num_clips, toy.frames_per_clip, toy.image_size)
-    return frames.flatten(0, 1).numpy(), world.render(clip)[1], world.caption(clip), records
+    return caption, questions, (frames.flatten(0, 1).numpy(), world.render(clip)[1])
 
 
-def make_videos(folder, split, seed, count, processes):
-    """In `folder`: mp4 files, samples.jsonl (questions), captions.jsonl, frames.npy and owner.npy (stage 0 only)."""
+def make_videos(folder: Path, split: str, seed: int, count: int, processes: int, arrays: bool = True):
+    """In `folder`: mp4 files, samples.jsonl (questions), captions.jsonl, and with `arrays` frames.npy and owner.npy.
+
+    frames (count, 16, 3, 96, 96) and owner (count, 16, 96, 96), both uint8, are for stage 0 only. Every file is whole
+    or not there, and captions.jsonl comes last. Without arrays, mp4 files that are there are kept, so that a killed
+    run goes on and a small world can grow.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     shape = (count, world.NUM_FRAMES, world.SIZE, world.SIZE)
-    frames = np.lib.format.open_memmap(folder / "frames.npy", "w+", np.uint8, (*shape[:2], 3, *shape[2:]))
-    owner = np.lib.format.open_memmap(folder / "owner.npy", "w+", np.uint8, shape)
-    jobs = [(split, seed, i, folder) for i in range(count)]
-    with (
-        multiprocessing.Pool(processes) as pool,
-        open(folder / "samples.partial", "w") as samples,
-        open(folder / "captions.partial", "w") as captions,
-    ):
-        for i, (f, o, caption, records) in enumerate(
-            tqdm(pool.imap(make_video, jobs, 16), total=count, desc=f"{split} videos")
-        ):
-            frames[i], owner[i] = f, o
-            samples.writelines(json.dumps(r) + "\n" for r in records)
-            captions.write(
-                json.dumps({"id": Path(records[0]["video"]).stem, "video": records[0]["video"], "caption": caption})
-                + "\n"
-            )
-    for name in ("samples", "captions"):  # complete, or not there
-        (folder / f"{name}.partial").rename(folder / f"{name}.jsonl")
+    names = ["samples.jsonl", "captions.jsonl"]
+    if arrays:
+        names = ["frames.npy", "owner.npy", *names]
+        frames = np.lib.format.open_memmap(folder / "frames.npy.part", "w+", np.uint8, (*shape[:2], 3, *shape[2:]))
+        owner = np.lib.format.open_memmap(folder / "owner.npy.part", "w+", np.uint8, shape)
+    jobs = [(split, seed, i, folder, arrays) for i in range(count)]
+    workers = ProcessPoolExecutor(
+        min(processes, count),
+        multiprocessing.get_context("forkserver"),  # a fork of a process with threads may hang
+        initializer=signal.signal,
+        initargs=(signal.SIGINT, signal.SIG_IGN),  # Ctrl-C is for the one that waits for them
+    )
+    try:
+        made = workers.map(make_video, jobs, chunksize=8)
+        with open(folder / "samples.jsonl.part", "w") as samples, open(folder / "captions.jsonl.part", "w") as captions:
+            for i, (caption, questions, pixels) in enumerate(tqdm(made, total=count, desc=f"{split} videos")):
+                captions.write(json.dumps(caption) + "\n")
+                samples.writelines(json.dumps(question) + "\n" for question in questions)
+                if arrays:
+                    frames[i], owner[i] = pixels
+    finally:
+        workers.shutdown(cancel_futures=True)
+    for name in names:
+        (folder / f"{name}.part").rename(folder / name)
+
+
+def arrays_of(folder: Path):
+    """-> what make_videos left for stage 0: frames (n, 16, 3, 96, 96) and owner (n, 16, 96, 96), uint8, on disk"""
+    from vidreason import VidReasonError
+
+    try:
+        return [np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("frames", "owner")]
+    except OSError as error:
+        raise VidReasonError(
+            f"no arrays for stage 0 ({error.filename}): run `python -m toy.pretrain world`; a world that train.py "
+            "made for itself has none"
+        ) from error
+
+
+@contextmanager
+def alone_in(folder: Path):
+    """One process at a time writes a world; what a killed one left half-written is cleared away."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the system opens it when the process ends, however it ends
+        for leftover in folder.glob("*.part*"):
+            leftover.unlink()
+        yield
+
+
+def videos_in(folder: Path) -> int:
+    """How many videos of a split are ready: the lines of captions.jsonl."""
+    path = folder / "captions.jsonl"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def make_training_world(folder: Path, count: int, processes: int):
+    """What stages 1 and 2 need of the training split's first `count` videos, unless it is there; no arrays.
+
+    They are the first videos of any larger world, byte for byte. VidReasonError: it cannot be written.
+    """
+    from vidreason import VidReasonError
+
+    if videos_in(folder) >= count:
+        return
+    try:
+        with alone_in(folder):
+            if videos_in(folder) < count:  # another process may have made it meanwhile
+                write_text(folder / "text.jsonl", 0, max(1, count // 2))
+                make_videos(folder, "train", 0, count, processes, arrays=False)
+    except OSError as error:
+        room = count * MP4_BYTES / 1e6
+        raise VidReasonError(
+            f"cannot write the toy world: {error.strerror} ({folder}): it takes {room:.1f} MB; make room there, or "
+            "give your own --data"
+        ) from error
 
 
 def write_text(path, seed, count):
@@ -132,7 +205,8 @@ def write_text(path, seed, count):
     A third are world knowledge, two thirds are questions about stories, half of these about pairs that no video shows.
     """
     rng = np.random.default_rng((seed, 11))
-    with open(path.with_suffix(".partial"), "w") as file:
+    aside = path.with_name(f"{path.name}.part")
+    with open(aside, "w") as file:
         for i in tqdm(range(count), desc="texts"):
             record = {"id": f"text-{i}"}
             if i % 3 == 0:
@@ -149,7 +223,7 @@ def write_text(path, seed, count):
                     answer=q["answer"],
                 )
             file.write(json.dumps(record) + "\n")
-    path.with_suffix(".partial").rename(path)
+    aside.rename(path)
 
 
 # --------------------------------------------------------------------------- the LLM
@@ -479,11 +553,7 @@ class EncoderTask:
     """Batches and losses of the encoder: every thing's token (mask-pooled, as Eq. 2 will) and every clip's [CLS]."""
 
     def __init__(self, folder, split, seed, count, processes, rng):
-        self.frames, self.owner, self.rng = (
-            np.load(folder / "frames.npy", mmap_mode="r"),
-            np.load(folder / "owner.npy", mmap_mode="r"),
-            rng,
-        )
+        (self.frames, self.owner), self.rng = arrays_of(folder), rng
         with multiprocessing.Pool(processes) as pool:
             jobs = [(split, seed, i) for i in range(count or len(self.frames))]
             found = list(tqdm(pool.imap(labels_of, jobs, 64), total=len(jobs), desc=f"{split} labels"))
@@ -688,10 +758,7 @@ def pretrain_sam(args):
 
     torch.manual_seed(args.seed)
     sam, rng = build_sam(PRESETS["toy"]), np.random.default_rng(args.seed)
-    data = {
-        s: [np.load(args.runs / "world" / s / f"{n}.npy", mmap_mode="r") for n in ("frames", "owner")]
-        for s in ("train", "val")
-    }
+    data = {split: arrays_of(args.runs / "world" / split) for split in ("train", "val")}
     print(f"SAM: {sum(p.numel() for p in sam.parameters()) / 1e6:.2f} M parameters")
 
     def watch(step):
@@ -791,13 +858,17 @@ def main():
     torch.set_num_threads(args.threads)
     args.runs.mkdir(parents=True, exist_ok=True)
     if args.part == "world":
-        make_videos(args.runs / "world" / "train", "train", args.seed, args.clips, args.processes)
-        make_videos(args.runs / "world" / "val", "val", args.seed, args.val_clips, args.processes)
-        write_text(args.runs / "world" / "train" / "text.jsonl", args.seed, args.clips // 2)
+        for split, count in (("val", args.val_clips), ("train", args.clips)):
+            with alone_in(args.runs / "world" / split):
+                if split == "train":
+                    write_text(args.runs / "world" / split / "text.jsonl", args.seed, count // 2)
+                make_videos(args.runs / "world" / split, split, args.seed, count, args.processes)
     else:
         args.weights.mkdir(parents=True, exist_ok=True)
         {"llm": pretrain_llm, "encoder": pretrain_encoder, "sam": pretrain_sam, "ship": ship}[args.part](args)
 
 
 if __name__ == "__main__":
-    main()
+    from data import guarded
+
+    guarded(main)

@@ -852,9 +852,11 @@ def title(clip: Clip) -> str:
     return words.replace(" ", "-")
 
 
-def write_clip(clip: Clip, name: str, folder: Path) -> list[dict]:
-    """Write one mp4 and return its records, one per question."""
-    write_mp4(folder / f"{name}.mp4", render(clip)[0])
+def write_clip(clip: Clip, name: str, folder: Path, keep: bool = False) -> list[dict]:
+    """Write one mp4 and return its records, one per question. keep: an mp4 of that name is this one."""
+    path = folder / f"{name}.mp4"
+    if not (keep and path.exists()):
+        write_mp4(path, render(clip)[0])
     log = [{k: v for k, v in vars(e).items() if v is not None} for e in clip.visible]
     things = [t.name for t in clip.things]
     return [
