@@ -1,9 +1,11 @@
 """Train the fusion core (stage 1), then the fusion core and LoRA adapters of the LLM (stage 2): §3.4 of the paper.
 
 Laptop, the toy world:
-    python train.py --stage 1                      # captions; everything but the fusion core is frozen
-    python train.py --stage 2                      # questions and answers, from the newest stage-1 run
+    torchrun train.py --stage 1                    # captions; everything but the fusion core is frozen
+    torchrun train.py --stage 2                    # questions and answers, from the newest stage-1 run
     torchrun --nproc_per_node 2 train.py --stage 1 # the same on two processes
+The videos are made first, as many as the run shows: few, for a short recipe. After `python -m toy.pretrain world`, which
+makes more of them, the same commands are the full recipe. `python` in place of `torchrun` does the same.
 
 One machine with 8 GPUs, the paper's sizes and settings:
     torchrun --nproc_per_node 8 train.py --stage 1 --preset paper --encoder_weights ViCLIP-B-16.pth \\
@@ -29,7 +31,9 @@ import argparse
 import json
 import math
 import resource
+import shlex
 import shutil
+import sys
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -61,13 +65,16 @@ from data import (
     FeatureCache,
     Parser,
     encode_videos,
+    file_of,
     guarded,
     read_samples,
     report_bad,
+    sha256,
     write_familiar,
     write_json,
 )
 from vidreason import (
+    CAPTION_PROMPT,
     PRESETS,
     Conversation,
     VideoTransformer,
@@ -144,18 +151,33 @@ class Settings:
     mfu: float = option("Share of a GPU's peak that --plan reckons with.", 0.33)
 
 
-# The paper's values (§5.1) are those of preset "paper"; the toy's come from its validation split. The paper states no
-# warm-up for stage 2, where stage 1's 2000 steps would be most of the run: 3 % is our choice.
+# The paper's values (§4.2.2) are those of "paper"; the toy's come from its validation split: the full recipe, and the
+# short one of a fresh clone. The paper states no warm-up for stage 2, where stage 1's 2000 steps would be most of the
+# run: 3 % is our choice.
 PAPER = dict(pairs_per_video=1, weight_decay=0.05, text_share=0.0)
 TOY = dict(batch=32, lr=1e-3, warmup=100, weight_decay=0.02)
+TOY_1 = dict(TOY, pairs_per_video=1, muon_lr=0.02, text_share=0.0)
+TOY_2 = dict(TOY, micro_batch=16, pairs_per_video=7, muon_lr=0.01, text_share=0.35)
 DEFAULTS = {
-    ("toy", 1): dict(TOY, max_videos=8000, max_steps=1500, pairs_per_video=1, muon_lr=0.02, text_share=0.0),
-    ("toy", 2): dict(
-        TOY, max_videos=8000, max_steps=1500, micro_batch=16, pairs_per_video=7, muon_lr=0.01, text_share=0.35
-    ),
+    ("short", 1): dict(TOY_1, max_videos=1500, max_steps=1000),
+    ("short", 2): dict(TOY_2, max_videos=1500, max_steps=500),
+    ("full", 1): dict(TOY_1, max_videos=8000, max_steps=1500),
+    ("full", 2): dict(TOY_2, max_videos=8000, max_steps=1500),
     ("paper", 1): dict(PAPER, batch=2048, lr=1e-4, warmup=2000, epochs=4),
     ("paper", 2): dict(PAPER, batch=256, lr=2e-5, warmup=0.03, epochs=3),
 }
+
+
+def recipe(settings: Settings) -> str:
+    """Which of DEFAULTS are meant. In the toy world the number of its videos decides between the short and the full."""
+    if settings.preset != "toy":
+        return "paper"
+    if settings.data:
+        return "full"
+    from toy.pretrain import videos_in  # those who bring data need nothing of the toy
+
+    enough = DEFAULTS["full", settings.stage]["max_videos"]
+    return "full" if max(settings.max_videos or 0, videos_in(TOY_DATA)) >= enough else "short"
 
 
 def complete(settings: Settings) -> Settings:
@@ -163,7 +185,7 @@ def complete(settings: Settings) -> Settings:
     if settings.stage not in (1, 2):
         raise VidReasonError(f"there is no stage {settings.stage} (--stage): choose 1 or 2; stage 0 is toy/pretrain.py")
     toy = settings.preset == "toy"
-    defaults = DEFAULTS["toy" if toy else "paper", settings.stage]
+    defaults = DEFAULTS[recipe(settings), settings.stage]
     if settings.epochs is not None or settings.max_steps is not None:  # one of them is enough
         defaults = {k: v for k, v in defaults.items() if k not in ("epochs", "max_steps")}
     settings = replace(settings, **{k: v for k, v in defaults.items() if getattr(settings, k) is None})
@@ -179,8 +201,6 @@ def complete(settings: Settings) -> Settings:
         raise VidReasonError(
             f"stage 2 takes its frozen parts from --init_from (--{given[0]}): change the config.json there"
         )
-    if not settings.data and not settings.plan and not TOY_DATA.exists():
-        raise VidReasonError(f"no toy world yet ({TOY_DATA}): run `python -m toy.pretrain world`, or give --data")
     names = ["captions.jsonl"] if settings.stage == 1 else ["samples.jsonl", "captions.jsonl", "text.jsonl"]
     return replace(
         settings,
@@ -211,7 +231,7 @@ def build(settings, device, dtype):
     if settings.stage == 1:
         model = VidReason.create(*config_of(settings), dtype=dtype)
     else:
-        model = VidReason.load(newest_stage1(settings), dtype=dtype)
+        model = VidReason.load(Path(settings.init_from or newest_stage1(settings)), dtype=dtype)
         if (model.directory / "lora").is_dir():
             raise VidReasonError(f"stage 2 starts from a stage-1 model ({model.directory}): this one has adapters")
         model.add_lora()
@@ -223,13 +243,16 @@ def build(settings, device, dtype):
     return model
 
 
-def newest_stage1(settings):
+def newest_stage1(settings: Settings) -> Path:
+    """The model directory that stage 2 starts from. VidReasonError: there is none, or it is not one."""
     runs = sorted(Path(ROOT / "runs").glob("stage1*/model/fusion.safetensors"), key=lambda p: p.stat().st_mtime)
     if not settings.init_from and not runs:
         raise VidReasonError(
             "no stage-1 run to start from (runs/): run `python train.py --stage 1` first, or give --init_from"
         )
-    return Path(settings.init_from) if settings.init_from else runs[-1].parent
+    found = Path(settings.init_from) if settings.init_from else runs[-1].parent
+    read_config(found)
+    return found
 
 
 def parallelise(model, settings, device):
@@ -383,7 +406,14 @@ def agreed(settings, batches):
     free = "output_dir features save_every keep restart device shard checkpointing compile report_to threads processes"
     free += " plan world_size mfu max_bad_fraction micro_batch data videos model init_from"
     fixed = {k: v for k, v in asdict(settings).items() if k not in free.split()}
+    if settings.stage == 2:
+        fixed["start"] = start_of(settings.init_from)
     return {**fixed, "data": batches.digest()}
+
+
+def start_of(model_dir) -> str:
+    """The fusion core that a stage 2 starts from, as a hash."""
+    return sha256(Path(model_dir, "fusion.safetensors"))[:16]
 
 
 def save_checkpoint(model, optimizers, out, step, keep, agreement):
@@ -456,9 +486,9 @@ def allocate_moments(optimizers):
             group["lr"] = group.pop("rate")
 
 
-def barrier():
+def barrier(group=None):
     if world() > 1:
-        dist.barrier()
+        dist.barrier(group)
 
 
 def save_model(model, out):
@@ -613,23 +643,31 @@ def start_processes(settings):
     return device, replace(settings, processes=settings.processes or (min(4, share) if cuda else share))
 
 
-def run(settings):
-    device, settings = start_processes(settings)
+def run(given: Settings):
+    """One stage from the command line to the model directory and what to type next."""
+    device, settings = start_processes(complete(given))
     out = Path(settings.output_dir)
     for name, count in (("batch", settings.batch), ("text_share", round(settings.batch * settings.text_share))):
         if count % world():
             raise VidReasonError(f"{count} rows cannot be shared by {world()} processes (--{name}): give a multiple")
     share = settings.batch // world()
     settings = replace(settings, micro_batch=min(settings.micro_batch or share, share))
+    if settings.stage == 2:
+        settings = replace(settings, init_from=str(newest_stage1(settings)))
     out.mkdir(parents=True, exist_ok=True)
+    # ranks may be hours apart before the first step, and NCCL gives up after ten minutes
+    patient = dist.new_group(backend="gloo", timeout=timedelta(days=30)) if world() > 1 else None
+    if in_toy_world(given):
+        if rank() == 0:
+            make_toy_world(settings)
+        barrier(patient)
     samples = [s for path in settings.data for s in read_samples(path, settings.videos)]
     half = device.type == "cuda" and uses_bf16(settings, device)  # on a CPU the toy's LLM costs no memory
     model = build(settings, device, torch.bfloat16 if half else torch.float32)
     names = sorted({s.video for s in samples if s.video})[: settings.max_videos]
     config, split = model.config, (rank(), world(), str(device))
     encode_videos(model.directory, config, settings.videos, names, settings.features, settings.processes, 100, *split)
-    if world() > 1:  # ranks may be hours apart here, and NCCL gives up after ten minutes
-        dist.barrier(dist.new_group(backend="gloo", timeout=timedelta(days=30)))
+    barrier(patient)
     cache = FeatureCache(settings.features)
     bad = report_bad(cache, names, out / "bad_videos.jsonl", settings.max_bad_fraction) if rank() == 0 else ()
     cache.videos = {name: cache.videos[name] for name in names if name in cache}
@@ -655,9 +693,148 @@ def run(settings):
     if rank() == 0:
         write_familiar(cache, out / "model" / "familiar.safetensors")
         print(f"stage {settings.stage} done in {(time.time() - began) / 60:.1f} minutes: {out / 'model'}")
+        print("Next:", *next_commands(given, settings, next(iter(cache.videos))), sep="\n    ", flush=True)
     if dist.is_initialized():
         barrier()  # without it gloo aborts at exit now and then
         dist.destroy_process_group()
+
+
+# --------------------------------------------------------------------------- the toy world, made when a run needs it
+
+# Core-seconds: of a video with its text, of its Z_vision, of a step of 32 videos in either stage
+PACE = {"world": 0.1, "vision": 0.45, 1: 0.8, 2: 2.8}
+PACE_MACHINE = "measured on two cores of an Intel Xeon (Sapphire Rapids, 2.1 GHz)"
+Z_VISION_BYTES = 7400  # of one toy video
+
+
+def in_toy_world(given: Settings) -> bool:
+    return given.preset == "toy" and not given.data
+
+
+def toy_missing(settings: Settings) -> tuple[int, int]:
+    """-> how many videos have to be made before this run, and how many have no Z_vision yet"""
+    from toy.pretrain import videos_in
+    from toy.world import sample_id
+
+    count, cache = settings.max_videos, FeatureCache(settings.features)
+    names = [f"{sample_id('train', 0, i)}.mp4" for i in range(count)]
+    videos = count if videos_in(TOY_DATA) < count else 0
+    return videos, sum(name not in cache for name in names)
+
+
+def toy_work(settings: Settings, videos: int, unseen: int) -> str:
+    """Which recipe a run in the toy world follows, what of toy_missing it makes first, about how long it all takes."""
+    from toy.pretrain import MP4_BYTES
+
+    stage, kind = settings.stage, recipe(replace(settings, data=None))
+    steps = settings.max_steps or math.ceil(settings.epochs * settings.max_videos / settings.batch)
+    lines = [f"stage {stage} in the toy world, {kind} recipe: {settings.max_videos} videos, {steps} steps"]
+    if kind == "short":
+        full = DEFAULTS["full", stage]
+        sizes = f"{full['max_videos']} videos, {full['max_steps']} steps"
+        lines += [f"the full recipe ({sizes}) is what follows `python -m toy.pretrain world`"]
+    if videos:
+        lines += [f"makes {videos} videos ({videos * MP4_BYTES / 1e6:.1f} MB): {shown(TOY_DATA)}"]
+    if unseen:
+        lines += [f"then Z_vision of {unseen} ({unseen * Z_VISION_BYTES / 1e6:.1f} MB): {shown(settings.features)}"]
+    first = videos * PACE["world"] + unseen * PACE["vision"]
+    end = first + steps * settings.batch / 32 * PACE[stage]
+    lines += [f"about {first / 120:.1f} minutes to the first loss, {end / 120:.1f} to the end, {PACE_MACHINE}"]
+    return "\n  ".join(lines)
+
+
+def make_toy_world(settings: Settings):
+    """Say what this run is and will make; then make the videos of it that are not there. On one rank."""
+    from toy.pretrain import make_training_world
+
+    print(toy_work(settings, *toy_missing(settings)), flush=True)
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    make_training_world(TOY_DATA, settings.max_videos, settings.processes * here)  # the other ranks only wait
+
+
+# --------------------------------------------------------------------------- what to type next
+
+# of stage 1's options those that hold for stage 2; the rest has a default of its own there
+KEPT = "preset videos max_videos features max_bad_fraction seed save_every keep device precision shard checkpointing "
+KEPT += "compile report_to threads processes"
+KEPT_IN_TOY_WORLD = "max_steps batch"  # a trial run stays one
+
+
+def shown(path) -> str:
+    """A path as one types it in this directory."""
+    try:
+        path = Path(path).resolve().relative_to(Path.cwd())
+    except ValueError:
+        pass  # it lies elsewhere
+    return shlex.quote(str(path))
+
+
+def python() -> str:
+    """This Python, as one types it in this shell."""
+    for name in ("python", "python3"):
+        if Path(shutil.which(name) or "").parent == Path(sys.executable).parent:
+            return name
+    return shlex.quote(sys.executable)
+
+
+def launcher() -> str:
+    """How this program was started: by python, or by torchrun with so many processes."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return python()
+    on_path = Path(shutil.which("torchrun") or "").parent == Path(sys.executable).parent
+    torchrun = "torchrun" if on_path else f"{python()} -m torch.distributed.run"
+    here, everywhere = (int(os.environ[name]) for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
+    if here < everywhere:
+        return f"{torchrun} (its options as before)"
+    return f"{torchrun} --nproc_per_node {here}" if here > 1 else torchrun
+
+
+def holds_another_stage2(folder: Path, stage1: Path) -> bool:
+    """Whether in `folder` a stage 2 began from another fusion core than that of the model directory `stage1`."""
+    checkpoints = complete_checkpoints(folder)
+    if not checkpoints:
+        return False
+    return json.loads((checkpoints[-1] / "run.json").read_text()).get("start") != start_of(stage1)
+
+
+def stage2_options(given: Settings, out: Path) -> list[str]:
+    """What stage 2 needs on its command line after this stage 1."""
+    names = KEPT.split() + (KEPT_IN_TOY_WORLD.split() if in_toy_world(given) else [])
+    options = []
+    for name in names:
+        value = getattr(given, name)
+        if value == getattr(Settings(), name):
+            continue
+        options.append(f"--{name}")
+        if value is not True:
+            options.append(shown(value) if name in ("videos", "features") else str(value))
+    if given.data:
+        options += ["--data", "QUESTIONS.jsonl"]
+    folder = ROOT / "runs" / "stage2"
+    if given.output_dir:
+        options += ["--init_from", shown(out / "model")]
+        folder = out.with_name(f"{out.name}-stage2")
+    while holds_another_stage2(folder, out / "model"):
+        folder = folder.with_name(f"{folder.name}-again")
+    if folder != ROOT / "runs" / "stage2":
+        options += ["--output_dir", shown(folder)]
+    return options
+
+
+def next_commands(given: Settings, settings: Settings, video: str) -> list[str]:
+    """What to type after this run, in this directory: stage 2 after stage 1, and a question about one of the videos."""
+    script, out = Path(sys.argv[0]), Path(settings.output_dir)
+    clip = ROOT / "toy" / "clips" / "red-egg-breaks-0.mp4"
+    if not in_toy_world(given):
+        clip = Path(settings.videos, video)
+        clip = clip if file_of(clip).suffix != ".tar" else Path("CLIP.mp4")  # infer.py reads no tar
+    question = CAPTION_PROMPT if settings.stage == 1 else "why?"
+    infer = f"{python()} {shown(script.with_name('infer.py'))} {shown(clip)} "
+    commands = [infer + f'"{question}" --model {shown(out / "model")}']
+    if settings.stage == 1:
+        options = " ".join(["--stage 2", *stage2_options(given, out)])
+        commands.insert(0, f"{launcher()} {shown(script)} {options}")
+    return commands
 
 
 # --------------------------------------------------------------------------- --plan: what a run would need
@@ -784,7 +961,7 @@ def plan(
     epochs=(4, 3), batch=(2048, 256), text_tokens=(32, 300), mfu=0.33, sam_mfu=0.06, peak=989.5e12, gpu_memory=80e9,
 ):  # fmt: skip
     """What training config on world_size GPUs takes → nested dict: parameters, FLOPs, bytes, hours. Pairs of values are
-    for stages 1 and 2. Defaults: the paper's sizes (§5.1; its stage-2 sets add up to 210 to 310 thousand pairs, on 111
+    for stages 1 and 2. Defaults: the paper's sizes (§4.2; its stage-2 sets add up to 210 to 310 thousand pairs, on 111
     thousand videos) and an H100 SXM: peak FLOP/s in bf16 without sparsity; mfu of Llama-3-8B in torchtitan's eager
     FSDP2 (0.39 compiled). sam_mfu: ViT-H, 32² points, 9.7 TFLOP, 0.5 s on an A100 (segment-anything-fast #69)."""
     with torch.device("meta"):
@@ -906,6 +1083,9 @@ def plan_run(settings):
     pairs = given.get("pairs", (110e6, 260e3))
     given["epochs"] = [s.epochs or s.max_steps * s.batch / n for s, n in zip(both, pairs, strict=True)]
     print_plan(plan(*config_of(both[0]), settings.world_size, **given))
+    if in_toy_world(settings):
+        one, two = both
+        print("\nWithout a GPU:", toy_work(one, *toy_missing(one)), toy_work(two, 0, 0), sep="\n")
 
 
 def main():
@@ -918,7 +1098,7 @@ def main():
         parser.error(f"unknown option {unknown[0]}")
     disable_progress_bar()  # of loading weights, once per process
     warnings.filterwarnings("ignore", module="torch.distributed.checkpoint")  # that one process saves is meant so
-    plan_run(settings) if settings.plan else run(complete(settings))
+    plan_run(settings) if settings.plan else run(settings)
 
 
 if __name__ == "__main__":

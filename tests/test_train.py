@@ -241,7 +241,7 @@ def test_only_what_a_stage_trains_changes(place, whole, tmp_path, stage):
 
 
 def test_the_paper_s_settings_are_the_defaults_of_its_preset(model):
-    """§5.1 of the paper, read back from what a run would use."""
+    """§4.2.2 of the paper, read back from what a run would use."""
     for stage, lr, batch, epochs, warmup in ((1, 1e-4, 2048, 4, 2000), (2, 2e-5, 256, 3, 0.03)):
         settings = train.complete(train.Settings(stage=stage, preset="paper", data=["x"], videos="y"))
         found = (settings.lr, settings.batch, settings.epochs, settings.warmup, settings.weight_decay)
