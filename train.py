@@ -4,8 +4,8 @@ Laptop, the toy world:
     torchrun train.py --stage 1                    # captions; everything but the fusion core is frozen
     torchrun train.py --stage 2                    # questions and answers, from the newest stage-1 run
     torchrun --nproc_per_node 2 train.py --stage 1 # the same on two processes
-The videos are made first, as many as the run shows: few, for a short recipe. After `python -m toy.pretrain world`, which
-makes more of them, the same commands are the full recipe. `python` in place of `torchrun` does the same.
+The videos are made first, as many as the run shows: few, for a short recipe. After `python -m toy.pretrain world`,
+which makes more of them, the same commands are the full recipe. `python` in place of `torchrun` does the same.
 
 One machine with 8 GPUs, the paper's sizes and settings:
     torchrun --nproc_per_node 8 train.py --stage 1 --preset paper --encoder_weights ViCLIP-B-16.pth \\
@@ -702,8 +702,8 @@ def run(given: Settings):
 # --------------------------------------------------------------------------- the toy world, made when a run needs it
 
 # Core-seconds: of a video with its text, of its Z_vision, of a step of 32 videos in either stage
-PACE = {"world": 0.1, "vision": 0.45, 1: 0.8, 2: 2.8}
-PACE_MACHINE = "measured on two cores of an Intel Xeon (Sapphire Rapids, 2.1 GHz)"
+PACE = {"world": 0.09, "vision": 0.5, 1: 0.7, 2: 2.0}
+PACE_MACHINE = "as measured on two cores of an Intel Xeon (2.1 GHz, avx512_bf16)"
 Z_VISION_BYTES = 7400  # of one toy video
 
 
