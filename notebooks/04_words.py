@@ -88,10 +88,9 @@ print("nearest words of the first ten:", [vocabulary[i] for i in nearest.indices
 assert measured < 0.8, "visual tokens would be words"
 
 # %% [markdown]
-# No: none is a word, and they are longer, too. The LLM reads them all the same: training moved them to wherever its
-# frozen layers react in the right way. The picture shows all directions (vectors scaled to length 1) in the two
-# dimensions in which they spread most, found by an SVD. The visual tokens keep to the side of colours, kinds and
-# numbers, which is what a video can tell:
+# No: they are not words, and their lengths differ, too. The LLM reads them all the same: training moved them to
+# wherever its frozen layers react in the right way. The picture shows all directions (vectors scaled to length 1) in
+# the two dimensions in which they spread most, found by an SVD; what two of 128 dimensions show is a hint at most.
 
 # %%
 lengths = [vectors.norm(dim=-1).mean().item() for vectors in (words, e_vision[0])]
@@ -113,8 +112,8 @@ plt.show()
 #
 # A chat model was trained on conversations written in one fixed form, its **chat template**: special tokens say who
 # speaks and where a turn ends. Every LLM has its own, which its tokenizer brings along, and
-# [`encode_prompt`](code:vidreason.encode_prompt) uses it; a home-made one ("Question: … Answer:") costs accuracy
-# without a word of warning.
+# [`encode_prompt`](code:vidreason.encode_prompt) uses it; a home-made one ("Question: … Answer:") would be read without
+# a word of warning, but the model was never trained on it.
 
 # %%
 turn = [{"role": "user", "content": "why ?"}]
@@ -218,13 +217,14 @@ assert nll[1].sum() > nll[0].sum() + 3, "the right video should make the true an
 figure, ax = plt.subplots(figsize=(9, 2.8))
 plots.pairs_of_bars(ax, named(target), nll, ["its own video", "another video"], "−log P (nats)")
 plt.show()
+grammar = [i for i, word in enumerate(named(target)) if word in ("because", "hit")]
+assert nll[:, grammar].max() < 0.7, "a coin toss"
 
 # %% [markdown]
 # What must be seen is expensive with the wrong video, unless that video happens to show it, too: both have something
-# red. (The second *the* is dear because it decides who hit whom.) Grammar (*because*, *hit*) is nearly free with
-# either: the LLM knew it before it ever met a video. So a low loss per token proves little sight, because most tokens
-# of an answer need none. [Notebook 6](06_does_it_reason.ipynb) therefore measures whole *answers*, with and without the
-# video.
+# red. (After *because* comes *the* or *it*, and that decides who hit whom.) Grammar (*because*, *hit*) is nearly free
+# with either. So a low loss per token proves little sight: many tokens of an answer need none. [Notebook
+# 6](06_does_it_reason.ipynb) therefore measures whole *answers*, with and without the video.
 #
 # ### Several questions, one row
 #
@@ -335,8 +335,9 @@ assert best >= first - 1e-4, "of four beams one should be at least as good as gr
 # %% [markdown]
 # It can, though it need not: greedy cannot take a first word back, even if what follows is uncertain (exercise 2 has
 # the smallest example). Rules of thumb: greedy for facts and tests (repeatable), beams when you need *several*
-# candidates with probabilities, which is how `infer.py --task predict` finds its three futures, and sampling for
-# variety, which a nucleus of one or two words hardly allows.
+# candidates, which is how `infer.py --task predict` finds its three futures, and sampling for variety, which a nucleus
+# of one or two words hardly allows. A sequence's probability is that of these *words*: two phrasings of one event share
+# the event's, and nothing has yet shown that it is how often the event comes true.
 #
 # ## 7. What happens with right padding
 #
