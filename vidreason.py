@@ -240,10 +240,11 @@ def read_timeline(path):
 
 
 def stores_presentation_times(container, stream):
-    """Whether a container says when a picture is shown. AVI and ASF say when it is decoded, which B-frames make another
-    time; so does Matroska of a stream that it holds as an AVI would, which bears a codec tag."""
+    """Whether a container says of each picture when it is shown. AVI and ASF say when it is decoded, another time where
+    there are B-frames; so does Matroska of a stream that it holds as an AVI would, which bears a codec tag. A program
+    stream says it of the first picture in a packet only."""
     wrapped = container.format.name.startswith("matroska") and stream.codec_context.codec_tag.strip("\0")
-    return container.format.name not in ("avi", "asf") and not wrapped
+    return container.format.name not in ("avi", "asf", "mpeg") and not wrapped
 
 
 class OutOfStep(OSError):
