@@ -702,7 +702,7 @@ def run(given: Settings):
 # --------------------------------------------------------------------------- the toy world, made when a run needs it
 
 # Core-seconds: of a video with its text, of its Z_vision, of a step of 32 videos in either stage
-PACE = {"world": 0.09, "vision": 0.5, 1: 0.7, 2: 2.0}
+PACE = {"world": 0.09, "vision": 0.5, 1: 0.7, 2: 2.2}
 PACE_MACHINE = "as measured on two cores of an Intel Xeon (2.1 GHz, avx512_bf16)"
 Z_VISION_BYTES = 7400  # of one toy video
 
