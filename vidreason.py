@@ -280,17 +280,21 @@ def watch(path, timeline, seconds, side):
         shown, coming = next(played, None), next(played, None)
         if shown is None:
             raise OSError("no frame can be decoded")
+        # asked once: a frame that was asked for its side data stays in memory until Python looks for cycles
+        matrix = shown.frame.side_data.get("DISPLAYMATRIX")
+        matrix = None if matrix is None else np.frombuffer(matrix, np.int32).tolist()
         for now, start in zip(seconds, expected, strict=True):
             passed = timeline.keyframes[timeline.keyframes <= now]
             if coming and len(passed) and coming.start < passed[-1]:
                 played = jump(container, stream, timeline, wanted, passed[-1])
                 shown, coming = next(played), next(played, None)
             while coming and coming.start <= now:
-                shown, coming = coming, next(played, None)
+                shown = coming  # in two steps: the one before is freed before the next is decoded
+                coming = next(played, None)
             if sparse and shown.start != start:
                 raise OutOfStep("another picture than the container announced")
             if not began or began[-1] != shown.start:
-                picture = to_picture(shown.frame, aspect, side)
+                picture = to_picture(shown.frame, aspect, matrix, side)
             began.append(shown.start)
             pictures.append(picture)
         if timeline.counted:
@@ -356,21 +360,20 @@ def count_pictures(path, timeline):
     return replace(timeline, starts=starts, counted=True, keyframes=timeline.keyframes[:0])
 
 
-def to_picture(frame, aspect, side):
+def to_picture(frame, aspect, matrix, side):
     """A decoded frame as it is displayed -> uint8 tensor (3, H, W), its short side shrunk to `side` if it is longer.
-    aspect: width / height of a pixel."""
+    aspect: width / height of a pixel. matrix: how the track is turned (see turn), or None."""
     shrink = min(1.0, side / min(frame.width * aspect, frame.height))
     width, height = round(frame.width * aspect * shrink), round(frame.height * shrink)
     picture = frame.reformat(width, height, "rgb24", interpolation="BICUBIC").to_ndarray()
-    matrix = frame.side_data.get("DISPLAYMATRIX")
     if matrix is not None:
-        picture = turn(picture, np.frombuffer(matrix, np.int32))
+        picture = turn(picture, matrix)
     return torch.from_numpy(np.ascontiguousarray(picture)).permute(2, 0, 1)
 
 
 def turn(picture, matrix):
     """Turn and mirror a picture (H, W, 3) by the matrix of its track, which moves (x, y) to (a x + c y, b x + d y)."""
-    a, b, _, c, d = matrix[:5].tolist()
+    a, b, _, c, d = matrix[:5]
     down, right = d, a
     if abs(b) > abs(a):  # a quarter turn: rows become columns
         picture = picture.transpose(1, 0, 2)
