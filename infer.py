@@ -1,14 +1,33 @@
-"""One clip, one question, one answer.
+"""Clips, questions, answers.
 
     python infer.py clip.mp4 "why?"                     # streams the answer
     python infer.py clip.mp4                            # explains step by step what happened (the paper's prompt)
-    python infer.py clip.mp4 --task predict             # three next events, each with a confidence, best first
+    python infer.py a.mp4 b.mp4 "why?"                  # several clips: the model is loaded once
+    python infer.py a.mp4 b.mp4 -q "why?" -q "what happens next?"       # several questions about each
+    python infer.py clip.mp4 --interactive              # reads questions, a line each, until an empty line
+    python infer.py clip.mp4 --task predict             # three candidate next events, the likeliest first
     python infer.py clip.mp4 "why?" --explain out.png   # draws what was found in the clip and where the model looked
-    python infer.py clip.mp4 "why?" --json              # one JSON object, for machines
+    python infer.py clip.mp4 "why?" --json              # one JSON object a line, for machines
     python infer.py clip.mp4 "why?" --model runs/mine   # another model directory than the toy's
     python infer.py clip.mp4 "why?" --top_p 0.9 --temperature 0.7 --seed 1
 
-A mistake of yours is one line on stderr, "error: <what> (<where>): <what to do>", and exit code 2.
+Without -q the last argument is the question, unless it names a file that exists or looks like the name of one.
+--interactive: a line that does is the next clip. Ctrl-C stops an answer, and at the prompt the program.
+
+--task predict always names events: it has no way yet to say that nothing more happens, and where nothing does it may
+be as sure as elsewhere. Its confidence is an event's share of the likelihood of the candidates that were found, not a
+measured frequency of being right.
+
+--json, for each clip and question:
+    video, question    as given; without a question, the prompt in its place
+    answer             text; with --task predict instead:
+    predictions        at most three of {"event": text, "confidence": 0 to 1, "because": what was seen, in words}
+    unsure             true if no event has half of the likelihood
+    object_tokens      masks that became tokens, over all keyframes: a thing seen in four of them counts four times
+    unfamiliar         true if the clip is unlike those that the model was trained on
+
+A mistake of yours is one line on stderr, "error: <what> (<where>): <what to do>", and exit code 2. Among several clips
+a bad one costs only its own answers.
 """
 
 import os
@@ -18,16 +37,21 @@ os.environ.setdefault(
 )  # before torch: spinning threads cost 25x when another program is busy
 
 import argparse
+import gc
 import json
 import math
 import sys
 import textwrap
 import warnings
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 TOY = Path(__file__).resolve().parent / "toy" / "weights"
 UNSURE = 0.5  # below this confidence the best prediction is called a guess
+CANDIDATES = 8  # that predict chooses three from, unless --beams says how many
 PICTURES = (".png", ".jpg", ".svg", ".pdf")
+VIDEOS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".3gp", ".gif")
 
 
 class Parser(argparse.ArgumentParser):
@@ -35,41 +59,89 @@ class Parser(argparse.ArgumentParser):
         fail(f"{message} (command line): see python infer.py --help")
 
 
-def fail(message):
+def say_error(message):
     print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
+
+
+def fail(message):
+    say_error(message)
     raise SystemExit(2)
 
 
 def parse(arguments=None):
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("video", help="any file that FFmpeg reads; film.mp4#t=3,8 is its seconds 3 to 8")
-    parser.add_argument("question", nargs="?", help="left out: the paper's prompt for the task")
-    parser.add_argument(
-        "--task", choices=["reason", "predict"], default="reason", help="explain, or say what comes next"
-    )
+    """The command line, every value checked -> its settings; clips and questions are lists, [None] without question."""
+    usage = "python infer.py clip [clip ...] [question] [-q question ...] [options]"
+    parser = Parser(usage=usage, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    video = "any file that FFmpeg reads; film.mp4#t=3,8 is its seconds 3 to 8. Behind it more clips, or one question"
+    parser.add_argument("clips", nargs="+", metavar="clip", help=video)
+    again = "once for each question about every clip; without a question: the paper's prompt for the task"
+    parser.add_argument("-q", "--question", action="append", dest="questions", metavar="QUESTION", help=again)
+    parser.add_argument("--interactive", action="store_true", help="then read questions, or other clips, from stdin")
+    task = "explain, or name three candidate next events (always three, also where nothing more happens)"
+    parser.add_argument("--task", choices=["reason", "predict"], default="reason", help=task)
     parser.add_argument("--model", default=TOY, help="model directory (default: the toy's)")
     where = "draw what the model found and where it looked for this answer: a .png, .jpg, .svg or .pdf"
     parser.add_argument("--explain", type=Path, metavar="PICTURE", help=where)
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
-    parser.add_argument("--beams", type=int, default=1, help="beam search with so many beams")
-    parser.add_argument(
-        "--top_p", type=float, help="nucleus sampling: the most likely words that make up this probability"
-    )
+    parser.add_argument("--json", action="store_true", help="print a JSON object a line instead of text")
+    beams = f"beam search with so many beams; for predict also how many candidates (default: 1, predict {CANDIDATES})"
+    parser.add_argument("--beams", type=int, help=beams)
+    nucleus = "nucleus sampling: the most likely words that make up this probability"
+    parser.add_argument("--top_p", type=float, help=nucleus)
     parser.add_argument("--temperature", type=float, help="below 1 plays safe, above 1 takes risks; turns sampling on")
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling, of each answer anew")
     parser.add_argument("--max_new_tokens", type=int, help="longest answer (default: the model's)")
     args = parser.parse_intermixed_args(arguments)  # the question may stand behind the options
-    if args.beams < 1 or (args.max_new_tokens is not None and args.max_new_tokens < 1):
+    part_clips_from_question(args, parser)
+    check_decoding(args, parser)
+    if args.explain:
+        if args.interactive or len(args.clips) * len(args.questions) > 1:
+            parser.error("--explain draws one answer: give one clip and one question, without --interactive")
+        check_picture(args.explain)
+    return args
+
+
+def part_clips_from_question(args, parser):
+    """Without -q the last argument is the question, unless it names a clip."""
+    if args.questions is None:
+        first, *others = args.clips
+        args.questions = [None]
+        if others and not names_a_clip(others[-1]):
+            args.questions = [args.clips.pop()]
+    for stray in args.clips[1:]:
+        if not names_a_clip(stray):
+            parser.error(f"no clip is called '{stray}'; if it is a question, give each of them with -q")
+    if any(question is not None and not question.strip() for question in args.questions):
+        parser.error("a question is empty; leave it out for the paper's prompt")
+
+
+def names_a_clip(text):
+    """Whether a word on the command line is a file, or looks so much like one that it must be a typing error."""
+    path = text.split("#t=")[0]
+    if os.path.exists(path) or path.lower().endswith(VIDEOS):
+        return True
+    one_word = len(path.split()) == 1
+    has_suffix = len(Path(path).suffix) > 1  # more than a full stop
+    return one_word and (has_suffix or os.path.dirname(path) != "")
+
+
+def check_decoding(args, parser):
+    sampling = args.top_p is not None or args.temperature is not None
+    counts = [count for count in (args.beams, args.max_new_tokens) if count is not None]
+    if any(count < 1 for count in counts):
         parser.error("--beams and --max_new_tokens must be 1 or more")
     if args.top_p is not None and not 0 < args.top_p <= 1:
         parser.error("--top_p must be above 0 and at most 1")
     if args.temperature is not None and args.temperature <= 0:
         parser.error("--temperature must be above 0; leave it out for the most likely answer")
-    if args.beams > 1 and (args.top_p or args.temperature):
+    if args.task == "predict":
+        if sampling:
+            parser.error("--task predict searches, --top_p and --temperature sample: leave them out")
+        if args.beams is not None and args.beams < 3:
+            parser.error("--task predict chooses three events: give --beams 3 or more")
+        args.beams = args.beams or CANDIDATES
+    args.beams = args.beams or 1
+    if args.beams > 1 and sampling:
         parser.error("--beams searches, --top_p and --temperature sample: choose one")
-    if args.explain:
-        check_picture(args.explain)
-    return args
 
 
 def check_picture(path):
@@ -116,17 +188,19 @@ def reason(model, features, question, args):
         options["max_new_tokens"] = args.max_new_tokens
     answer = model.answer(features, question, **options)
     if not args.json and not streaming:
-        print(answer)
+        print(answer, flush=True)
     return {"answer": answer}
 
 
 def predict(model, features, question, args):
-    """The three likeliest next events; the confidence of each is its share of the likelihood of all that was found."""
+    """The three likeliest next events; the confidence of each is its share of the likelihood of all that was found.
+
+    "Nothing more happens" is not among them unless the model says so by itself.
+    """
     from vidreason import CAPTION_PROMPT
 
     length = {"max_new_tokens": args.max_new_tokens} if args.max_new_tokens else {}
-    beams = max(8, args.beams)
-    found = model.answer_batch([features], [question], beams=beams, answers=beams, **length)
+    found = model.answer_batch([features], [question], beams=args.beams, answers=args.beams, **length)
     texts = [text for text in dict.fromkeys(found) if text]
     shares = model.option_logprobs(features, question, texts).softmax(0).tolist() if texts else []
     because = model.answer(features, CAPTION_PROMPT, **length)  # what the model saw is all it has to go by
@@ -136,9 +210,9 @@ def predict(model, features, question, args):
     if not args.json:
         for i, event in enumerate(events, 1):
             print(f"{i}. {event['event']}   (confidence {event['confidence']:.2f})")
-        print(f"because: {because}")
+        print(f"because: {because}", flush=True)
         if unsure:
-            print("unsure: no event is clearly the likeliest")
+            print("unsure: no event is clearly the likeliest", flush=True)
     return {"predictions": events, "unsure": unsure}
 
 
@@ -249,46 +323,180 @@ def draw_bars(axes, whole, names, shares):
     axes.spines[["top", "right", "bottom"]].set_visible(False)
 
 
-def main(arguments=None):
-    args = parse(arguments)
-    warnings.filterwarnings("ignore")  # advice of libraries to programmers, not to users
+@dataclass
+class Clip:
+    """What the model saw in a clip."""
+
+    name: str
+    features: object  # vidreason.Features
+    unfamiliar: bool
+
+
+class Program:
+    """Loads the model once and asks it; a clip that cannot be used is said, and costs only its own answers."""
+
+    def __init__(self, args):
+        self.args = args
+        self.model = None
+        self.failures = 0
+
+    def run(self):
+        """Every clip is checked before the model is loaded, which may take minutes."""
+        from vidreason import check_video
+
+        names = []
+        for name in self.args.clips:
+            with self.said(name):
+                check_video(name)
+                names.append(name)
+        if not names:
+            return
+        self.model = load_model(self.args.model)
+        if self.args.interactive:
+            self.converse(names)
+            return
+        several = len(self.args.clips) * len(self.args.questions) > 1
+        for name in names:
+            clip = self.watch(name)
+            for question in self.args.questions if clip else []:
+                self.ask(clip, question, heading=several)
+
+    @contextmanager
+    def said(self, name):
+        """What goes wrong with this clip in the block is one line on stderr; the program goes on behind the block."""
+        import torch
+
+        from vidreason import VidReasonError
+
+        try:
+            yield
+        except VidReasonError as error:
+            say_error(error)
+            self.failures += 1
+        except torch.OutOfMemoryError:
+            say_error(f"out of memory ({name}): use fewer --beams, a shorter --max_new_tokens or a smaller model")
+            self.failures += 1
+
+    def watch(self, name):
+        """-> Clip, or None if it cannot be decoded, which has been said."""
+        with self.said(name):
+            features = self.model.perceive(name)
+            clip = Clip(name, features, unfamiliar(features, self.args.model))
+            if clip.unfamiliar:
+                note = f"note: {name} looks unlike what the model was trained on; do not trust its answer"
+                print(note, file=sys.stderr)
+            return clip
+
+    def ask(self, clip, question, heading):
+        """Answer one question about one clip, the same whatever was asked before."""
+        import torch
+
+        from vidreason import PREDICT_PROMPT, REASON_PROMPT
+
+        args = self.args
+        answer = predict if args.task == "predict" else reason
+        prompt = question or (PREDICT_PROMPT if args.task == "predict" else REASON_PROMPT)
+        with self.said(clip.name):
+            if heading and not args.json:
+                print(f"{clip.name}: {question}" if question else clip.name, flush=True)
+            torch.manual_seed(args.seed)
+            result = answer(self.model, clip.features, prompt, args)
+            if args.explain:
+                best = result["predictions"][0]["event"] if result.get("predictions") else result.get("answer", "")
+                explain(self.model, clip.features, prompt, best, args.explain)
+            if args.json:
+                tokens = int(clip.features.is_object.sum())
+                of_clip = {"object_tokens": tokens, "unfamiliar": clip.unfamiliar}
+                print(json.dumps({"video": clip.name, "question": prompt, **result, **of_clip}), flush=True)
+            elif heading:
+                print(flush=True)
+
+    def converse(self, names):
+        """The questions of the command line, if any, then those of stdin; a line that names a clip changes to it."""
+        clips = [clip for clip in map(self.watch, names) if clip]
+        for question in filter(None, self.args.questions):
+            self.ask_all(clips, question)
+        for line in lines_of_stdin():
+            if names_a_clip(line):
+                clip = self.watch(line)
+                clips = [clip] if clip else clips
+            else:
+                self.ask_all(clips, line)
+
+    def ask_all(self, clips, question):
+        if not clips:
+            say_error(f"no clip to ask about ({question}): name one first")
+        try:
+            for clip in clips:
+                self.ask(clip, question, heading=len(clips) > 1)
+        except KeyboardInterrupt:
+            if not sys.stdin.isatty():
+                raise
+            print()  # the answer is broken off, the conversation is not
+
+
+def lines_of_stdin():
+    """Lines up to an empty one or the end; whoever types them is prompted."""
+    typing = sys.stdin.isatty() and sys.stdout.isatty()
+    if typing:
+        with suppress(ImportError):  # Windows has none
+            import readline  # noqa: F401 (input then edits lines and remembers them)
+        print("Ask a question, or name another clip. An empty line ends.", file=sys.stderr)
+    while True:
+        try:
+            line = input("> " if typing else "").strip()
+        except EOFError:
+            return
+        if not line:
+            return
+        yield line
+
+
+def load_model(directory):
+    """On the GPU in bfloat16 where there is one. A model that cannot be loaded ends the program."""
     import torch
-    import transformers
 
-    from vidreason import PREDICT_PROMPT, REASON_PROMPT, VidReason, VidReasonError, check_video
+    from vidreason import VidReason, VidReasonError
 
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    gpu = torch.cuda.is_available()
-    question = args.question or (PREDICT_PROMPT if args.task == "predict" else REASON_PROMPT)
     try:
-        check_video(args.video)  # a typo should not cost the minutes that a large model takes to load
-        device, dtype = ("cuda", torch.bfloat16) if gpu else ("cpu", torch.float32)
-        model = VidReason.load(args.model, device, dtype)
-        torch.manual_seed(args.seed)
-        features = model.perceive(args.video)
-        stranger = unfamiliar(features, args.model)
-        if stranger:
-            print(
-                "note: this clip looks unlike those the model was trained on; do not trust its answer", file=sys.stderr
-            )
-        result = (predict if args.task == "predict" else reason)(model, features, question, args)
-        if args.explain:
-            best = result["predictions"][0]["event"] if result.get("predictions") else result.get("answer", "")
-            explain(model, features, question, best, args.explain)
+        if torch.cuda.is_available():
+            return VidReason.load(directory, "cuda", torch.bfloat16)
+        return VidReason.load(directory)
     except VidReasonError as error:
         fail(error)
     except torch.OutOfMemoryError:
-        fail(f"out of memory ({args.model}): use fewer --beams, a shorter --max_new_tokens or a smaller model")
+        fail(f"out of memory ({directory}): use a smaller model")
+
+
+def import_libraries():
+    """What an answer needs, in three quarters of the time: without looking for garbage in what stays to the end.
+
+    Python would visit all objects of 3000 modules again and again while it makes them, and once more before it leaves.
+    """
+    if "vidreason" in sys.modules:  # another program calls us: its objects are not ours to freeze
+        return
+    gc.disable()
+    import vidreason  # noqa: F401
+
+    gc.freeze()
+    gc.enable()
+
+
+def main(arguments=None):
+    args = parse(arguments)
+    warnings.filterwarnings("ignore")  # advice of libraries to programmers, not to users
+    try:
+        import_libraries()
+        import transformers
+
+        transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
+        program = Program(args)
+        program.run()
     except KeyboardInterrupt:
         raise SystemExit(130) from None
-    if args.json:
-        objects = int(features.is_object.sum())
-        print(
-            json.dumps(
-                {"video": args.video, "question": question, **result, "objects": objects, "unfamiliar": stranger}
-            )
-        )
+    if program.failures:
+        raise SystemExit(2)
 
 
 if __name__ == "__main__":

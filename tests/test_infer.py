@@ -1,7 +1,11 @@
 """infer.py as its user meets it: a process with arguments, an exit code and two streams."""
 
+import io
 import json
 import os
+import pty
+import select
+import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +21,7 @@ from safetensors.torch import save_file
 
 import infer as program
 import vidreason
-from infer import TOY, explain, looked_at, main, places
+from infer import TOY, explain, looked_at, main, parse, places
 from vidreason import REASON_PROMPT, VideoTransformer, VidReason, build_sam
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -81,6 +85,8 @@ def test_other_mistakes(capsys, videos, weights):
     assert_one_error_line(*infer(capsys))
     for options in (["--top_p", "1.5"], ["--temperature", "0"], ["--beams", "2", "--top_p", "0.5"], ["--beams", "x"]):
         assert_one_error_line(*infer(capsys, good, "why ?", "--model", weights, *options))
+    for options in (["--beams", "0"], ["--max_new_tokens", "0"], ["-q", " "]):
+        assert_one_error_line(*infer(capsys, good, "--model", weights, *options))
 
 
 def test_a_process_streams_what_json_says(processes, capsys, videos, weights):
@@ -89,7 +95,7 @@ def test_a_process_streams_what_json_says(processes, capsys, videos, weights):
     code, json_out, err = infer(capsys, videos["good"], "why ?", "--json", "--model", weights)
     answer = json.loads(json_out)
     assert code == 0 and err == "" and answer["answer"].split() == out.split() and answer["answer"]
-    assert answer["question"] == "why ?" and answer["unfamiliar"] is False and answer["objects"] >= 0
+    assert answer["question"] == "why ?" and answer["unfamiliar"] is False
 
 
 def test_default_question_and_decoding(capsys, videos, weights):
@@ -121,6 +127,253 @@ def test_a_strange_clip_is_announced(capsys, videos, weights):
         (weights / "familiar.safetensors").unlink()
     assert code == 0 and json.loads(out)["unfamiliar"] is True
     assert err.startswith("note: ") and len(err.splitlines()) == 1
+
+
+# ------------------------------------------------------------------------------------- several clips and questions
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A folder with the clips a.mp4 and b.mp4 and the file notes, in which the program is called."""
+    for name in ("a.mp4", "b.mp4", "notes"):
+        (tmp_path / name).write_bytes(b"x")
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "line, clips, questions",
+    [
+        (["a.mp4", "why?"], ["a.mp4"], ["why?"]),
+        (["a.mp4"], ["a.mp4"], [None]),
+        (["a.mp4", "--json", "why?"], ["a.mp4"], ["why?"]),
+        (["a.mp4", "b.mp4"], ["a.mp4", "b.mp4"], [None]),
+        (["a.mp4", "b.mp4", "why"], ["a.mp4", "b.mp4"], ["why"]),
+        (["a.mp4", "b.mp4", "-q", "why?", "-q", "what next?"], ["a.mp4", "b.mp4"], ["why?", "what next?"]),
+        (["-q", "why?", "a.mp4", "--json", "b.mp4"], ["a.mp4", "b.mp4"], ["why?"]),
+        (["a.mp4", "notes"], ["a.mp4", "notes"], [None]),  # an existing file is a clip, whatever its name
+        (["a.mp4", "a.mp4#t=1,2"], ["a.mp4", "a.mp4#t=1,2"], [None]),
+        (["a.mp4", "c.mp4"], ["a.mp4", "c.mp4"], [None]),  # a typing error is no question
+        (["a.mp4", "my clip.MOV"], ["a.mp4", "my clip.MOV"], [None]),
+        (["a.mp4", "c.xyz"], ["a.mp4", "c.xyz"], [None]),
+        (["a.mp4", "nowhere/c"], ["a.mp4", "nowhere/c"], [None]),
+        (["a.mp4", "does it stop before 3.5 s or after 4.25"], ["a.mp4"], ["does it stop before 3.5 s or after 4.25"]),
+        (["a.mp4", "explain."], ["a.mp4"], ["explain."]),
+        (["why?"], ["why?"], [None]),  # refused for want of such a video
+    ],
+)
+def test_clips_are_told_from_questions(here, line, clips, questions):
+    args = parse(line)
+    assert (args.clips, args.questions) == (clips, questions)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        ["a.mp4", "why?", "what next?"],
+        ["a.mp4", "why?", "b.mp4"],
+        ["a.mp4", "why?", "-q", "what next?"],
+        ["a.mp4", ""],
+        ["a.mp4", "-q", "why?", "-q", ""],
+        ["a.mp4", "b.mp4", "why?", "--explain", "out.png"],
+        ["a.mp4", "-q", "why?", "-q", "what next?", "--explain", "out.png"],
+        ["a.mp4", "--interactive", "--explain", "out.png"],
+        ["a.mp4", "--task", "predict", "--top_p", "0.5"],
+        ["a.mp4", "--task", "predict", "--temperature", "0.5"],
+        ["a.mp4", "--task", "predict", "--beams", "2"],
+    ],
+)
+def test_what_cannot_be_done_is_refused_before_anything_is_loaded(here, capsys, line, monkeypatch):
+    monkeypatch.setattr(VidReason, "load", lambda *_: pytest.fail("the model was loaded"))
+    assert_one_error_line(*infer(capsys, *line))
+
+
+def count_calls(monkeypatch, name):
+    """The method of VidReason runs as ever, and what it is called with is noted -> list of arguments."""
+    method, calls = getattr(VidReason, name), []
+
+    def noted(*arguments, **options):
+        calls.append(arguments)
+        return method(*arguments, **options)
+
+    monkeypatch.setattr(VidReason, name, noted)
+    return calls
+
+
+def test_several_clips_and_questions_load_once_and_look_once(capsys, videos, weights, monkeypatch):
+    clips, questions = [videos["good"], videos["wide"]], ["why ?", "what will happen next ?"]
+    alone = []
+    for clip in clips:
+        for question in questions:
+            alone.append(infer(capsys, clip, question, "--json", "--model", weights)[1])
+    loaded, seen = count_calls(monkeypatch, "load"), count_calls(monkeypatch, "perceive")
+    call = (capsys, *clips, "-q", questions[0], "-q", questions[1], "--model", weights)
+    code, out, err = infer(*call, "--json")
+    assert (code, err) == (0, "") and out == "".join(alone)
+    assert len(loaded) == 1 and [str(video) for _, video in seen] == [str(clip) for clip in clips]
+
+    answers = [json.loads(line)["answer"] for line in alone]
+    blocks = [block.split("\n", 1) for block in infer(*call)[1].rstrip("\n").split("\n\n")]
+    assert [head for head, _ in blocks] == [f"{clip}: {question}" for clip in clips for question in questions]
+    assert [text.split() for _, text in blocks] == [answer.split() for answer in answers]
+
+
+def test_without_a_question_the_clip_heads_its_answer(capsys, videos, weights):
+    lines = infer(capsys, videos["good"], videos["wide"], "--task", "predict", "--model", weights)[1].splitlines()
+    heads = [line for line in lines if line in (str(videos["good"]), str(videos["wide"]))]
+    assert heads == [str(videos["good"]), str(videos["wide"])] and sum(line.startswith("1. ") for line in lines) == 2
+
+
+@pytest.mark.parametrize("bad", ["missing", "broken_off"])  # one is found before the model is loaded, one after
+def test_a_bad_clip_costs_only_its_own_answers(capsys, videos, weights, bad):
+    good = infer(capsys, videos["good"], "why ?", "--json", "--model", weights)[1]
+    wide = infer(capsys, videos["wide"], "why ?", "--json", "--model", weights)[1]
+    line = [videos["good"], videos[bad], videos["wide"], "why ?", "--json", "--model", weights]
+    code, out, err = infer(capsys, *line)
+    assert code == 2 and out == good + wide
+    assert err.startswith("error: ") and len(err.splitlines()) == 1 and str(videos[bad]) in err
+
+
+def test_clips_are_checked_before_the_model_is_loaded(capsys, videos, weights, monkeypatch):
+    monkeypatch.setattr(VidReason, "load", lambda *_: pytest.fail("the model was loaded"))
+    code, out, err = infer(capsys, videos["missing"], videos["empty"], "why ?", "--model", weights)
+    assert code == 2 and out == "" and [line[:7] for line in err.splitlines()] == ["error: "] * 2
+
+
+def test_a_seed_gives_the_same_answer_in_every_place(capsys, videos, weights):
+    call = (capsys, videos["good"], "--json", "--model", weights, "--temperature", "1.5", "--seed", "7")
+    alone = infer(*call, "why ?")[1]
+    assert infer(*call, "-q", "what next ?", "-q", "why ?", "-q", "why ?")[1].splitlines()[1:] == [alone.strip()] * 2
+    assert infer(*call[:-1], "8", "why ?")[1] != alone
+
+
+def test_object_tokens_are_counted_over_keyframes(capsys, videos, weights):
+    result = json.loads(infer(capsys, videos["good"], "why ?", "--json", "--model", weights)[1])
+    masks = VidReason.load(weights).perceive(videos["good"]).masks
+    assert result["object_tokens"] == sum(map(len, masks)) > 1 and "objects" not in result
+
+
+# --------------------------------------------------------------------------------------------------- --interactive
+
+
+def type_lines(monkeypatch, *lines):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("\n".join(map(str, lines)).encode())))
+
+
+def test_a_conversation_loads_once_and_changes_the_clip(capsys, videos, weights, monkeypatch):
+    call = (capsys, "--json", "--model", weights)
+    good, wide = (infer(*call, videos[name], "why ?")[1] for name in ("good", "wide"))
+    loaded, seen = count_calls(monkeypatch, "load"), count_calls(monkeypatch, "perceive")
+    type_lines(monkeypatch, "why ?", " why ?", videos["wide"], "why ?", "", "not read ?")
+    assert infer(*call, videos["good"], "--interactive") == (0, good + good + wide, "")
+    assert len(loaded) == 1 and len(seen) == 2
+
+    type_lines(monkeypatch, "why ?")
+    first = infer(*call, videos["good"], "what next ?")[1]
+    assert infer(*call, videos["good"], "what next ?", "--interactive")[1] == first + good
+
+
+def test_a_conversation_survives_a_wrong_name(capsys, videos, weights, monkeypatch):
+    good = infer(capsys, videos["good"], "why ?", "--json", "--model", weights)[1]
+    type_lines(monkeypatch, videos["missing"], "why ?")
+    code, out, err = infer(capsys, videos["good"], "--interactive", "--json", "--model", weights)
+    assert code == 2 and out == good and err.startswith("error: no such video") and len(err.splitlines()) == 1
+    type_lines(monkeypatch, "why ?", videos["good"], "why ?")
+    code, out, err = infer(capsys, videos["broken_off"], "--interactive", "--json", "--model", weights)
+    assert code == 2 and out == good and [line[:7] for line in err.splitlines()] == ["error: "] * 2
+
+
+def test_each_of_several_clips_answers_in_a_conversation(capsys, videos, weights, monkeypatch):
+    type_lines(monkeypatch, "why ?")
+    out = infer(capsys, videos["good"], videos["wide"], "--interactive", "--model", weights)[1]
+    heads = [block.splitlines()[0] for block in out.strip().split("\n\n")]
+    assert heads == [f"{videos['good']}: why ?", f"{videos['wide']}: why ?"]
+
+
+def test_in_a_pipe_ctrl_c_ends_without_a_traceback_and_a_terminal_is_prompted(videos, weights, tmp_path):
+    endless = VidReason.load(weights)
+    endless.llm.lm_head.weight.data[endless.tokenizer.eos_token_id] = 0  # some other word is always likelier
+    endless.save(tmp_path / "endless")
+    options = ["--interactive", "--model", tmp_path / "endless", "--max_new_tokens", "1000000"]
+    command = [sys.executable, ROOT / "infer.py", videos["good"], *options]
+
+    ours, theirs = pty.openpty()
+    at_terminal = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True)
+    os.close(theirs)
+    piped = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        shown = read_until(ours, b"> ")
+        os.write(ours, b"why ?\n")
+        shown += read_until(ours, b"why ?\r\n")  # the terminal's echo
+        shown += read_until(ours, b" ")  # a first word of the answer
+        at_terminal.send_signal(signal.SIGINT)
+        shown += read_until(ours, b"> ")
+        os.write(ours, b"\n")
+        assert at_terminal.wait(60) == 0 and shown.startswith(b"Ask a question") and b"Traceback" not in shown
+
+        piped.stdin.write(b"why ?\nwhy ?\n")
+        piped.stdin.flush()
+        assert piped.stdout.read(1)
+        piped.send_signal(signal.SIGINT)
+        assert piped.wait(60) == 130 and piped.stderr.read() == b""
+    finally:
+        at_terminal.kill()
+        piped.kill()
+        os.close(ours)
+
+
+def read_until(descriptor, end):
+    """What a terminal shows, up to the end; fails when the program leaves before, or says nothing for a minute."""
+    shown = b""
+    while not shown.endswith(end):
+        assert select.select([descriptor], [], [], 60)[0], shown
+        shown += os.read(descriptor, 1)
+    return shown
+
+
+# --------------------------------------------------------------------------------------------- what an answer imports
+
+NOT_FOR_AN_ANSWER = {
+    "matplotlib": "draws: --explain, loss.png, ablations",
+    "openai": "the teacher and the judge",
+    "sacrebleu": "BLEU",
+    "rouge_score": "ROUGE-L",
+    "nltk": "WUPS",
+    "pebble": "kills workers whose decoder hangs, while features are made",
+    "data": "training and evaluation",
+    "train": "training",
+    "evaluate": "tables",
+    "toy": "the toy world; an answer needs its weights only",
+    "nbformat": "notebooks",
+    "torch.utils.tensorboard": "curves",
+}
+
+
+@pytest.fixture(scope="module")
+def modules(videos, weights):
+    """What is imported by --help and by an answer, each in a process of its own -> two lists of names."""
+    tell = "import gc, sys\nfrom infer import main\ntry:\n    main(sys.argv[1:])\nexcept SystemExit as stop:\n"
+    tell += "    assert not stop.code\nfrozen = gc.isenabled() and gc.get_freeze_count() > 100_000\n"
+    tell += "print('modules', frozen, *sys.modules)"
+
+    def names(*arguments):
+        command = [sys.executable, "-c", tell, *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+        return done.stdout.splitlines()[-1].split()[1:]
+
+    return names("--help"), names(videos["good"], "why ?", "--model", weights)
+
+
+def test_an_answer_imports_nothing_that_only_training_or_tables_need(modules):
+    _, (frozen, *names) = modules
+    assert "vidreason" in names and not {name for name in NOT_FOR_AN_ANSWER if name in names}
+    assert frozen == "True"  # the garbage collector is back, and leaves what was imported alone
+
+
+def test_help_imports_no_library_and_shows_examples(modules, capsys):
+    (_, *names), _ = modules
+    assert not {"torch", "transformers", "numpy", "vidreason"} & set(names)
+    text = infer(capsys, "--help")[1]
+    assert text.count("    python infer.py ") >= 8 and "nothing more happens" in " ".join(text.split())
 
 
 # -------------------------------------------------------------------------------------------------------- --explain
@@ -157,7 +410,7 @@ def test_explain_without_a_single_mask(capsys, config, videos, tmp_path):
     capsys.readouterr()  # saving shows its progress
     call = (capsys, videos["good"], "why ?", "--json", "--model", folder)
     code, out, err = infer(*call, "--explain", tmp_path / "out.png")
-    assert code == 0 and err == "" and json.loads(out)["objects"] == 0
+    assert code == 0 and err == "" and json.loads(out)["object_tokens"] == 0
     assert Image.open(tmp_path / "out.png").size[0] > 1000
 
 
