@@ -70,11 +70,11 @@ def run(*args, **kwargs):
 
 
 def refused(*args, **kwargs):
-    """The one line that a run ends with."""
+    """The one line that a run ends with; on a busy machine every rank has the time to say it."""
     done = subprocess.run(command(*args, **kwargs), cwd=ROOT, capture_output=True, text=True)
     if not kwargs:  # torchrun has an exit code and a traceback of its own
         assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr[-3000:]
-    (line,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
+    (line,) = {line for line in done.stderr.splitlines() if line.startswith("error: ")}
     return line
 
 
