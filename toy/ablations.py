@@ -23,6 +23,7 @@ from tqdm import tqdm
 from data import ROOT, TOY_MODEL, encode_videos, write_json
 from evaluate import interval, toy_questions
 from toy import world
+from toy.pretrain import videos_in
 from vidreason import VidReasonError, read_config
 
 DATA = ROOT / "runs" / "world" / "train"
@@ -200,8 +201,9 @@ def plot(rows, path):
 def ablate(args):
     """Train and score what is not there yet, --processes programs at a time; then the table."""
     runs, began, seeds = args.runs.resolve(), time.time(), range(args.seeds)
-    if not (DATA / "samples.jsonl").exists():
-        raise VidReasonError(f"no toy world yet ({DATA}): run `python -m toy.pretrain world`")
+    if videos_in(DATA) < VIDEOS:  # train.py makes a smaller world when it finds none
+        advice = "run `python -m toy.pretrain world`"
+        raise VidReasonError(f"the toy world has fewer than {VIDEOS} videos ({DATA}): {advice}")
     runs.mkdir(parents=True, exist_ok=True)
     told = {"clips": args.clips, "split": args.split, "seed": args.seed, "steps": {str(k): n for k, n in STEPS.items()}}
     told |= {"videos": VIDEOS, "stories": STORIES}
