@@ -134,14 +134,12 @@ def check_decoding(args, parser):
     if args.temperature is not None and args.temperature <= 0:
         parser.error("--temperature must be above 0; leave it out for the most likely answer")
     if args.task == "predict":
-        if sampling:
-            parser.error("--task predict searches, --top_p and --temperature sample: leave them out")
         if args.beams is not None and args.beams < 3:
             parser.error("--task predict chooses three events: give --beams 3 or more")
         args.beams = args.beams or CANDIDATES
     args.beams = args.beams or 1
     if args.beams > 1 and sampling:
-        parser.error("--beams searches, --top_p and --temperature sample: choose one")
+        parser.error("--beams and --task predict search, --top_p and --temperature sample: choose one")
 
 
 def check_picture(path):

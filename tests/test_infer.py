@@ -184,7 +184,9 @@ def test_clips_are_told_from_questions(here, line, clips, questions):
 )
 def test_what_cannot_be_done_is_refused_before_anything_is_loaded(here, capsys, line, monkeypatch):
     monkeypatch.setattr(VidReason, "load", lambda *_: pytest.fail("the model was loaded"))
-    assert_one_error_line(*infer(capsys, *line))
+    code, out, err = infer(capsys, *line)
+    assert_one_error_line(code, out, err)
+    assert "(command line)" in err
 
 
 def count_calls(monkeypatch, name):
