@@ -788,7 +788,7 @@ class VidReason(nn.Module):
         return loss(self.llm, packed, None if z_vision is None else self.fusion(z_vision, times, key_mask))
 
     def add_lora(self):
-        """Wrap the LLM, and nothing else, with LoRA adapters on all its linear layers (§3.4.2)."""
+        """Wrap the LLM, and nothing else, with LoRA adapters on all its linear layers (§3.4.2, §4.2.2)."""
         size = {"r": self.config.lora_rank, "lora_alpha": self.config.lora_alpha}
         self.llm = get_peft_model(self.llm, LoraConfig(**size, target_modules="all-linear", task_type="CAUSAL_LM"))
 

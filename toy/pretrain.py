@@ -7,9 +7,9 @@
     python -m toy.pretrain encoder     # the video transformer: what is where, how it moves (toy/weights/encoder…)
     python -m toy.pretrain sam         # segment_anything from point prompts                (toy/weights/sam…)
 
-Real projects download these three; no training of theirs belongs to the paper. They see no held-out pair of kinds in
-any video, and the encoder and SAM read pixels decoded from mp4, as they will at inference. Everything is seeded.
-Then: `python train.py --stage 1` and `--stage 2`.
+Real projects download these three. No video shows a held-out pair of kinds; texts tell how such a meeting ends. Encoder
+and SAM learn from labels that real videos lack: the simulator's kinds, colours, motions and hits up to .75 s ahead, and
+the renderer's masks. All is seeded. Then: `python train.py --stage 1` and `--stage 2`.
 """
 
 import os
