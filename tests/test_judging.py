@@ -25,7 +25,7 @@ OPTIONS = ["left", "right", "not moving", "no man there"]
 
 
 def test_extractor_agrees_with_people():
-    """285 of the 81 720 judged replies of VLM4D. On all of them: 98.6 % decided, 99.91 % of those as the published verdicts."""
+    """285 of the 81 720 judged replies of VLM4D. On all of them: 98.6 % decided, 99.91 % of those as published."""
     rows = [json.loads(line) for line in REPLIES.read_text().splitlines()]
     chosen = [(extract_choice(r["reply"], r["options"]), r) for r in rows]
     decided = [(str(r["options"][i]) == str(r["truth"])) == r["correct"] for i, r in chosen if i is not None]
@@ -513,7 +513,7 @@ def test_compare_refuses_other_questions(tmp_path):
 
 
 def agreement(folder):
-    """VLM4D's processed_outputs_paper_results: how often the extractor decides, and then judges as the published verdicts."""
+    """VLM4D's processed_outputs_paper_results: how often the extractor decides, and then judges as published."""
     decided, agreed, replies = 0, 0, 0
     for path in sorted(Path(folder).rglob("*.json")):
         for row in json.loads(path.read_text()):
