@@ -77,7 +77,7 @@ def parse(arguments=None):
     again = "once for each question about every clip; without a question: the paper's prompt for the task"
     parser.add_argument("-q", "--question", action="append", dest="questions", metavar="QUESTION", help=again)
     parser.add_argument("--interactive", action="store_true", help="then read questions, or other clips, from stdin")
-    task = "explain, or name three candidate next events (always three, also where nothing more happens)"
+    task = "explain, or name three candidate next events (it names some also where nothing more happens)"
     parser.add_argument("--task", choices=["reason", "predict"], default="reason", help=task)
     parser.add_argument("--model", default=TOY, help="model directory (default: the toy's)")
     where = "draw what the model found and where it looked for this answer: a .png, .jpg, .svg or .pdf"
