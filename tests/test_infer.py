@@ -8,8 +8,10 @@ import select
 import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -299,9 +301,10 @@ def test_in_a_pipe_ctrl_c_ends_without_a_traceback_and_a_terminal_is_prompted(vi
     command = [sys.executable, ROOT / "infer.py", videos["good"], *options]
 
     ours, theirs = pty.openpty()
-    at_terminal = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True)
+    start = partial(subprocess.Popen, command, preexec_fn=hear_ctrl_c)
+    at_terminal = start(stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True)
     os.close(theirs)
-    piped = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    piped = start(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     try:
         shown = read_until(ours, b"> ")
         os.write(ours, b"why ?\n")
@@ -323,11 +326,18 @@ def test_in_a_pipe_ctrl_c_ends_without_a_traceback_and_a_terminal_is_prompted(vi
         os.close(ours)
 
 
+def hear_ctrl_c():
+    """Programs that are started in the background, as these tests may be, are deaf to it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def read_until(descriptor, end):
-    """What a terminal shows, up to the end; fails when the program leaves before, or says nothing for a minute."""
+    """What a terminal shows, up to the end; fails when the program leaves before, or does not say it in two minutes."""
     shown = b""
+    deadline = time.monotonic() + 120
     while not shown.endswith(end):
-        assert select.select([descriptor], [], [], 60)[0], shown
+        left = deadline - time.monotonic()
+        assert left > 0 and select.select([descriptor], [], [], left)[0], shown[-300:]
         shown += os.read(descriptor, 1)
     return shown
 
