@@ -277,7 +277,7 @@ def watch(path, timeline, seconds, side):
         stream = picture_stream(container)
         aspect = float(stream.sample_aspect_ratio or 1)
         played = play(container, stream, timeline, wanted)
-        shown, coming = next(played, None), next(played, None)
+        shown, coming, picture = next(played, None), next(played, None), None
         if shown is None:
             raise OSError("no frame can be decoded")
         # asked once: a frame that was asked for its side data stays in memory until Python looks for cycles
@@ -287,13 +287,16 @@ def watch(path, timeline, seconds, side):
             passed = timeline.keyframes[timeline.keyframes <= now]
             if coming and len(passed) and coming.start < passed[-1]:
                 played = jump(container, stream, timeline, wanted, passed[-1])
-                shown, coming = next(played), next(played, None)
+                shown, coming, picture = next(played), next(played, None), None
             while coming and coming.start <= now:
-                shown = coming  # in two steps: the one before is freed before the next is decoded
+                shown, coming, picture = coming, None, None
+                if shown.start == start:  # at once: a frame of an 8K film holds 50 MB while the next is decoded
+                    picture = to_picture(shown.frame, aspect, matrix, side)
+                    shown = Shown(start, None)
                 coming = next(played, None)
             if sparse and shown.start != start:
                 raise OutOfStep("another picture than the container announced")
-            if not began or began[-1] != shown.start:
+            if picture is None:
                 picture = to_picture(shown.frame, aspect, matrix, side)
             began.append(shown.start)
             pictures.append(picture)
@@ -305,7 +308,7 @@ def watch(path, timeline, seconds, side):
 class Shown(NamedTuple):
     """A decoded frame and the second at which it comes on screen."""
     start: float
-    frame: av.VideoFrame
+    frame: av.VideoFrame | None  # None: its picture has been made
 
 
 def play(container, stream, timeline, wanted=None):
@@ -325,6 +328,7 @@ def play(container, stream, timeline, wanted=None):
                 raise OutOfStep("time goes back")
             last = start
         yield Shown(start, frame)
+        del frame  # so that it is free, too
     if timeline.counted and number < len(timeline.starts):
         raise OutOfStep("fewer pictures than packets")
 
