@@ -706,8 +706,15 @@ def collate_features(features):
 @torch.no_grad()
 def perceive(video, encoder, sam, config, order=slice(None)):
     """§3.1: a video file -> Features. SAM makes it slow: trainers and evaluations keep what it returns."""
+    c = config
+    seen = read_video(video, c.num_clips, c.frames_per_clip, c.image_size, c.keyframe_size, order)
+    return look(*seen, encoder, sam, config)
+
+
+@torch.no_grad()
+def look(frames, times, keyframes, encoder, sam, config):
+    """What read_video returns -> Features."""
     c, middle, device = config, config.frames_per_clip // 2, encoder.conv1.weight.device
-    frames, times, keyframes = read_video(video, c.num_clips, c.frames_per_clip, c.image_size, c.keyframe_size, order)
     z_global, patches = encoder(frames.to(device) / 255)  # Eq. 1: (N_t, D_v), (N_t, F // tubelet, P, D_v)
     masks = [segment(keyframe, sam, config) for keyframe in keyframes]
     z_obj = [mask_pool(p[middle // c.tubelet], m) for p, m in zip(patches, masks, strict=True)]  # Eq. 2

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 import plots
-from toy import world
+from toy import draw, world
 from vidreason import PRESETS, VideoTransformer, load_vision, read_config, read_video
 
 plots.use_style()
@@ -331,7 +331,7 @@ assert (N_t * n) ** 2 / (N_t * n**2) == predicted
 
 # %%
 worlds = [world.make_clip(seed=0, index=i, split="val") for i in range(72)]
-films = torch.stack([torch.from_numpy(world.render(w)[0]) for w in worlds]).permute(0, 1, 4, 2, 3) / 255
+films = torch.stack([torch.from_numpy(draw.render(w)[0]) for w in worlds]).permute(0, 1, 4, 2, 3) / 255
 films = films.unflatten(1, (N_t, N_f)).flatten(0, 1)  # (288, F, 3, H, W)
 paths = torch.stack([torch.from_numpy(abs(w.trajectory[3::4] - w.trajectory[::4])).amax((1, 2)) for w in worlds])
 moved = (paths.flatten() > 0.02).float()  # 2 % of the table's width

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from segment_anything import SamPredictor
 
 import plots
-from toy import world
+from toy import draw, videos, world
 from vidreason import (
     collate_features,
     load_vision,
@@ -57,9 +57,9 @@ folder = tempfile.TemporaryDirectory()  # deleted with the kernel
 
 def film(scene):
     """-> path of a scene's mp4, and which thing owns each pixel of its keyframes: (N_t, S, S), 0 = the table."""
-    path = Path(folder.name) / f"{world.title(scene)}-{scene.seed[2]}.mp4"
-    pixels, owner = world.render(scene)
-    world.write_mp4(path, pixels)
+    path = Path(folder.name) / f"{videos.title(scene)}-{scene.seed[2]}.mp4"
+    pixels, owner = draw.render(scene)
+    draw.write_mp4(path, pixels)
     return path, torch.from_numpy(owner)[config.frames_per_clip // 2 :: config.frames_per_clip]
 
 

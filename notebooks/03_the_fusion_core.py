@@ -23,7 +23,7 @@ import matplotlib.pyplot as plt
 import torch
 
 import plots
-from toy import world
+from toy import language
 from vidreason import Features, FusionCore, VidReason, attention, collate_features, time_embedding
 
 plots.use_style()
@@ -240,7 +240,7 @@ of_others = (batch.sum(0) - batch) / (len(batch) - 1)  # (videos, N_q, D_llm): e
 def score():
     """Share of the questions that are answered correctly."""
     answers = model.answer_batch([videos[r["video"][:-4]] for r in asked], [r["question"] for r in asked])
-    return sum(world.check(answer, r["answer"]) for answer, r in zip(answers, asked)) / len(asked)
+    return sum(language.check(answer, r["answer"]) for answer, r in zip(answers, asked)) / len(asked)
 
 
 def score_without(queries):
@@ -411,7 +411,7 @@ for name, truths in puzzles.items():
     answers = model.answer_batch(list(shown.values()), ["what moved first ?"] * 2)
     print(f"{name:32} as filmed: {answers[0]:18} reversed: {answers[1]}")
     for key, answer, truth in zip(right, answers, truths):
-        right[key] += world.check(answer, truth)
+        right[key] += language.check(answer, truth)
 print("right of 3:", right)
 assert right["as filmed"] >= 2 and right["reversed"] >= 2
 

@@ -30,9 +30,13 @@ import torch
 
 import plots
 import train
-from data import TOY_MODEL, Batches, FeatureCache, encode_videos, read_samples
-from evaluate import ask, interval
-from toy import pretrain, world
+from data.batches import Batches
+from data.benchmarks import read_samples
+from data.features import FeatureCache, encode_videos
+from data.program import TOY_MODEL
+from evaluation.replies import ask
+from evaluation.score import interval
+from toy import draw, language, videos, world
 from vidreason import Conversation, VidReason, encode_pair, pack, read_config, target_logprobs
 
 plots.use_style()
@@ -44,14 +48,14 @@ folder = Path(scratch.name)
 # %% [markdown]
 # ## 1. Data: 400 videos of our own
 #
-# [`make_videos`](code:toy.pretrain.make_videos) simulates, renders and writes mp4 files, captions and questions.
+# [`make_videos`](code:toy.videos.make_videos) simulates, renders and writes mp4 files, captions and questions.
 # `train` and `val` are disjoint random streams: no validation clip can be a training clip. Texts without video go along
 # in stage 2, so that the LLM does not forget what it has read.
 
 # %%
-pretrain.make_videos(folder / "train", "train", seed=5, count=400, processes=cores)
-pretrain.make_videos(folder / "val", "val", seed=5, count=16, processes=cores)
-pretrain.write_text(folder / "train" / "text.jsonl", seed=5, count=300)
+videos.make_videos(folder / "train", "train", seed=5, count=400, processes=cores)
+videos.make_videos(folder / "val", "val", seed=5, count=16, processes=cores)
+videos.write_text(folder / "train" / "text.jsonl", seed=5, count=300)
 captions, questions, texts = (read_samples(folder / "train" / f"{n}.jsonl") for n in ("captions", "samples", "text"))
 print(len(captions), "captions; the first:", captions[0].answer)
 print(len(questions), "questions; one:", questions[5].question, "→", questions[5].answer)
@@ -61,7 +65,8 @@ print(len(texts), "texts")
 # ## 2. Frozen work is done once
 #
 # Encoder and SAM never change, so neither does a video's $Z_{vision}$. It is computed once and kept
-# ([`encode_videos`](code:data.encode_videos), [`FeatureCache`](code:data.FeatureCache)); both stages and every epoch
+# ([`encode_videos`](code:data.features.encode_videos), [`FeatureCache`](code:data.features.FeatureCache));
+# both stages and every epoch
 # read it. This is the slow part, nearly all of it SAM.
 
 # %% tags=["volatile"]
@@ -124,7 +129,8 @@ print(fingerprints(model))
 # %% [markdown]
 # ## 4. One step, piece by piece
 #
-# [`Batches`](code:data.Batches) says which samples make up step $k$. [`train_step`](code:train.train_step) computes
+# [`Batches`](code:data.batches.Batches) says which samples make up step $k$.
+# [`train_step`](code:train.train_step) computes
 # Eq. 6, its gradient, and lets the optimisers move what is trainable.
 
 # %% tags=["volatile"]
@@ -152,7 +158,7 @@ quiz = [replace(s, options=None, gold=None) for s in read_samples(folder / "val"
 whys = [s for s in quiz if s.category == "bare why"][:4]
 shown = whys[0]  # and three more questions about its clip
 followed = whys + [s for s in quiz if s.video == shown.video and s.category in ("count", "why", "kind")][:3]
-frames = world.render(world.make_clip(5, int(shown.video.split("-")[2][:5]), "val"))[0]
+frames = draw.render(world.make_clip(5, int(shown.video.split("-")[2][:5]), "val"))[0]
 plots.strip(frames[::2], [f"{i / world.FPS:.1f} s" for i in range(0, 16, 2)])
 print(shown.question, "→", shown.answer)
 
@@ -166,7 +172,7 @@ def examine(name, model):
     """Ask about the fresh clips: answers, which are right (tense and articles are free), −log P of true whys."""
     replies = ask(model.eval(), quiz, fresh.__getitem__, "free", folder / f"{name}.jsonl")
     answers[name] = {s.id: reply["said"] for s, reply in zip(quiz, replies, strict=True)}
-    right[name] = [world.check(answers[name][s.id], s.answer) for s in quiz]
+    right[name] = [language.check(answers[name][s.id], s.answer) for s in quiz]
     true = [Conversation([encode_pair(model.tokenizer, s.question, s.answer)]) for s in about_why]
     e_vision = model.fuse([fresh[s.video] for s in about_why])
     surprise[name] = -target_logprobs(model.llm, pack(true, config.num_queries), e_vision).mean().item()
@@ -299,7 +305,7 @@ examine("shipped", VidReason.load(TOY_MODEL))
 for s in followed:
     print(f"\n{s.question}   (true: {s.answer})")
     for name, said in answers.items():
-        print(f"  {name:10s}{'✓' if world.check(said[s.id], s.answer) else '✗'} {said[s.id][:100]}")
+        print(f"  {name:10s}{'✓' if language.check(said[s.id], s.answer) else '✗'} {said[s.id][:100]}")
 
 # %% [markdown]
 # Right or wrong is a coarse measure for a model this young: one wrong kind or colour spoils a sentence. Finer: how

@@ -31,9 +31,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import plots
-from data import TOY_MODEL, to_sample
-from evaluate import CONTROLS, ask, interval, seen, toy_questions
-from toy import world
+from data.program import TOY_MODEL
+from data.records import to_sample
+from evaluation.replies import CONTROLS, ask, seen
+from evaluation.score import interval
+from toy import draw, language, world
+from toy.exam import toy_questions
+from toy.videos import sample_id, write_clip
 from vidreason import VidReason, perceive
 
 plots.use_style()
@@ -47,7 +51,8 @@ folder = Path(scratch.name)
 #
 # The toy world has three disjoint random streams: `train`, `val` (for choices) and `test` (for reports). Nothing was
 # trained on the test stream, and nothing chosen by the clips below. The clips are written as mp4 and read back, as a
-# user's would be; [`check`](code:toy.world.check) compares answers by the world's own grammar (tense and articles are
+# user's would be; [`check`](code:toy.language.check) compares answers by the world's own grammar
+# (tense and articles are
 # free; every noun, colour and verb must be right).
 
 # %%
@@ -71,7 +76,8 @@ print(Counter(s.category for s in quiz).most_common())
 # | shuffled | the same frames in random order | motion and order; the things remain |
 # | one_frame | the middle frame, sixteen times | motion and order, and whatever that frame does not show |
 #
-# `evaluate.py` prints such controls beside every score; [`seen`](code:evaluate.seen) makes them. *Another clip* is
+# `evaluate.py` prints such controls beside every score; [`seen`](code:evaluation.replies.seen) makes them.
+# *Another clip* is
 # ours.
 
 # %% tags=["volatile"]
@@ -104,7 +110,7 @@ def answers_of(samples, look, name):
 
 
 def correct(said, samples):
-    return np.array([world.check(text, s.answer) for text, s in zip(said, samples, strict=True)])
+    return np.array([language.check(text, s.answer) for text, s in zip(said, samples, strict=True)])
 
 
 said = {name: answers_of(quiz, look, name) for name, look in see.items()}
@@ -122,7 +128,8 @@ assert abs(accuracy["blind"] - predicted_blind) < 0.15
 # then, except where the question itself tells (*absent*).
 #
 # **Intervals.** Would other clips give the same number? A **bootstrap** draws clips with replacement, again and again,
-# and shows how much the accuracy varies: the middle 95 % are the interval ([`interval`](code:evaluate.interval)). It
+# and shows how much the accuracy varies: the middle 95 % are the interval
+# ([`interval`](code:evaluation.score.interval)). It
 # draws whole *clips*: ten questions about one misread clip are not ten independent errors.
 
 # %%
@@ -138,7 +145,7 @@ assert interval(right["full"], of_video)[0] > interval(right["another clip"], of
 # By type. Read it column by column: what falls needed what the control took away.
 
 # %%
-types = [t for t in world.QUESTIONS if t in given]
+types = [t for t in language.QUESTIONS if t in given]
 where = {t: np.array([s.category == t for s in quiz]) for t in types}
 table = [[right[name][where[t]].mean() for name in right] for t in types]
 figure, ax = plt.subplots(figsize=(8, 4.6))
@@ -175,7 +182,7 @@ assert 0.25 < share("shuffled", hang_on_order) / share("full", hang_on_order) < 
 # ## 3. The ablation table: which part does the work?
 #
 # Controls break the *input*; an **ablation** removes a *part of the model* and trains the rest anew. The table is too
-# slow for a notebook: `python evaluate.py toy --ablations` trained and tested every variant with three seeds and wrote
+# slow for a notebook: `python -m toy.ablations` trained and tested every variant with three seeds and wrote
 # `toy/ablations.json`.
 
 # %%
@@ -202,7 +209,7 @@ for name, row in rows.items():
         print(f"{name:22s}{row['difference']:+.3f} ({low:+.3f} to {high:+.3f})  seeds {seeds}  {verdict}")
 
 # %%
-columns = [kind for kind in world.QUESTIONS if kind in rows["full"]["by_type"]]
+columns = [kind for kind in language.QUESTIONS if kind in rows["full"]["by_type"]]
 cells = [[row["by_type"][kind]["accuracy"] for kind in columns] for row in rows.values()]
 figure, ax = plt.subplots(figsize=(9, 0.35 * len(rows) + 1.2))
 plots.heat(ax, cells, "", "", "share right (bright = all)", numbers=True, vmin=0, vmax=1)
@@ -268,11 +275,11 @@ for (mover, target), effect in habit.items():
 # %%
 rng = np.random.default_rng(0)
 for mover, target in world.HELD_OUT_HITS:
-    print(world.knowledge(mover, target, rng))
+    print(language.knowledge(mover, target, rng))
 prompts = ["what happens when a pin hits a balloon ?", "what happens when an egg hits a pillow ?"]
 told = model.answer_batch([None, None], prompts)
 print(*(f"{prompt} → {answer}" for prompt, answer in zip(prompts, told, strict=True)), sep="\n")
-assert world.check(told[0], "the balloon pops") and world.check(told[1], "the egg stops")
+assert language.check(told[0], "the balloon pops") and language.check(told[1], "the egg stops")
 
 # %% [markdown]
 # Now clips in which they are about to meet. **Predict**: will the fused model follow what it read (pop, pop, stop) or
@@ -282,7 +289,7 @@ assert world.check(told[0], "the balloon pops") and world.check(told[1], "the eg
 # %%
 for i in range(len(held_out), 18):  # a few more of them
     clip = world.make_clip(SEED, i, "test", held_out=True, cut=True)
-    made = world.write_clip(clip, world.sample_id("test", SEED, i, True), clips)
+    made = write_clip(clip, sample_id("test", SEED, i, True), clips)
     held_out += [to_sample(row, row["id"]) for row in made if row["type"] == "held-out"]
 met = {s.video: model.perceive(clips / s.video) for s in held_out}
 leaning, pairs = [], [world.HELD_OUT_HITS[i % 3] for i in range(len(held_out))]
@@ -308,8 +315,8 @@ assert np.mean(np.array(leaning) > 0.5) > 0.65
 
 # %% tags=["volatile"]
 told = answers_of(held_out, met.get, "held-out")
-named = [world.names_pair(text, s.answer) for text, s in zip(told, held_out, strict=True)]
-outcomes = [world.check_outcome(text, s.answer) for text, s in zip(told, held_out, strict=True)]
+named = [language.names_pair(text, s.answer) for text, s in zip(told, held_out, strict=True)]
+outcomes = [language.check_outcome(text, s.answer) for text, s in zip(told, held_out, strict=True)]
 print(f"free answers: the right pair named in {sum(named)} of {len(named)}")
 print(f"outcome right there: {np.mean([o for o, n in zip(outcomes, named, strict=True) if n]):.2f}")
 assert np.mean(outcomes) > 0.6
@@ -335,7 +342,7 @@ def clip_of(sample):
 def whys(clip, events):
     """A true "why" sentence for each effect among the events, oldest first."""
     effects = [e for e in events if e.type in world.EFFECTS]
-    return [f"{world.clause(clip, e, world.PAST, False)} because {world.because(clip, e)}" for e in effects]
+    return [f"{language.clause(clip, e, language.PAST, False)} because {language.because(clip, e)}" for e in effects]
 
 
 def story(sample):
@@ -346,12 +353,12 @@ def story(sample):
 wrong = [i for i, s in enumerate(quiz) if s.category == "bare why" and not right["full"][i]]
 at = next(i for i in wrong if len(story(quiz[i])) > 1)
 failed, clip = quiz[at], clip_of(quiz[at])
-frames = world.render(clip)[0]
+frames = draw.render(clip)[0]
 plots.strip(frames[1::2], [f"{i / world.FPS:.2f} s" for i in range(1, 16, 2)])
 
 # %% tags=["volatile"]
 for event in clip.visible:
-    print(f"{event.time:5.2f} s  {world.clause(clip, event)}")
+    print(f"{event.time:5.2f} s  {language.clause(clip, event)}")
 print("\ntrue:", failed.answer, "\nsaid:", said["full"][at], "\n")
 options = list(dict.fromkeys([failed.answer, said["full"][at], *story(failed)]))
 chances = model.option_logprobs(see["full"](failed.video), failed.question, options).exp().tolist()
@@ -367,9 +374,9 @@ for option, p in zip(options, chances, strict=True):
 def true_of(sample, answer):
     clip = clip_of(sample)
     after = [event for event in clip.events if event.time >= world.LAST_SEEN]
-    if any(world.check(answer, text) for text in story(sample)):
+    if any(language.check(answer, text) for text in story(sample)):
         return "an earlier event of the clip"
-    later = any(world.check(answer, text) for text in whys(clip, after))
+    later = any(language.check(answer, text) for text in whys(clip, after))
     return "what happens after the last frame" if later else "nothing in this clip"
 
 
@@ -413,7 +420,8 @@ assert by_clip[0] < accuracy["full"] < by_clip[1] and needed > CLIPS
 
 # %% [markdown]
 # **3. Choosing instead of saying.** Benchmarks often let a model pick the likeliest of given options
-# ([`likeliest`](code:evaluate.likeliest)). Compare it with free answers for *order* and *direction*. Why does choosing
+# ([`likeliest`](code:evaluation.replies.likeliest)). Compare it with free answers for *order* and *direction*.
+# Why does choosing
 # mostly look better?
 
 # %% tags=["solution"]

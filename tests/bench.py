@@ -43,7 +43,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import train
 import vidreason
-from data import TOY_MODEL, Batches, FeatureCache, Parser, encode_videos, guarded, positive, read_samples
+from data.batches import Batches
+from data.benchmarks import read_samples
+from data.features import FeatureCache, encode_videos
+from data.program import TOY_MODEL, Parser, guarded, positive
 from vidreason import PRESETS, Conversation, Features, VidReason, VidReasonError, collate_features, pack, read_config
 
 CLIPS, CPU = ROOT / "toy" / "clips", torch.device("cpu")

@@ -14,9 +14,12 @@ import numpy as np
 import pytest
 import torch
 
-import data
 import evaluate
-from data import Sample
+from data.features import ORDERS, FeatureCache, encode_videos
+from data.records import Sample
+from evaluation.choice import yes_or_no
+from evaluation.replies import ask
+from evaluation.score import baselines, interval, score_predictions, tally
 from vidreason import VidReason, VidReasonError, read_video
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -82,7 +85,7 @@ def test_every_question_is_scored_with_its_controls(result, place):
 def test_a_span_of_a_video_is_what_is_seen(result, place):
     item = next(i for i in result[0]["items"] if i["id"] == "part")
     assert item["video"].endswith(".mp4#t=0.000,2.000") and not item["trouble"]
-    cache = data.FeatureCache(next((place / "features").glob("**/fingerprint.json")).parent)
+    cache = FeatureCache(next((place / "features").glob("**/fingerprint.json")).parent)
     assert cache[item["video"]].times.max() < 2
 
 
@@ -150,21 +153,21 @@ def test_controls_show_what_they_say():
     frames, times, _ = read_video(clip, *shape)
     flat = frames.flatten(0, 1)
     for name, kinds in (("shuffled", 16), ("one_frame", 1)):
-        order = data.ORDERS[name](16, clip.name)
+        order = ORDERS[name](16, clip.name)
         shown, at, keyframes = read_video(clip, *shape, order=order)
         assert torch.equal(shown.flatten(0, 1), flat[order]) and torch.equal(at, times)
         assert len(set(order)) == kinds and len(keyframes) == 4
         assert np.array_equal(keyframes[1], read_video(clip, 16, 1, 96)[2][order[6]])
-    assert not np.array_equal(order, data.ORDERS["shuffled"](16, clip.name))
-    assert np.array_equal(data.ORDERS["shuffled"](16, "a"), data.ORDERS["shuffled"](16, "a"))
-    assert not np.array_equal(data.ORDERS["shuffled"](16, "a"), data.ORDERS["shuffled"](16, "b"))
+    assert not np.array_equal(order, ORDERS["shuffled"](16, clip.name))
+    assert np.array_equal(ORDERS["shuffled"](16, "a"), ORDERS["shuffled"](16, "a"))
+    assert not np.array_equal(ORDERS["shuffled"](16, "a"), ORDERS["shuffled"](16, "b"))
 
 
 def test_features_of_a_control_are_no_features_of_the_video(model, tmp_path):
     run = [WEIGHTS, model.config, CLIPS, [min(CLIPS.glob("*.mp4")).name], tmp_path]
-    data.encode_videos(*run, order="shuffled")
-    with pytest.raises(data.VidReasonError, match="another encoder, SAM or settings"):
-        data.encode_videos(*run)
+    encode_videos(*run, order="shuffled")
+    with pytest.raises(VidReasonError, match="another encoder, SAM or settings"):
+        encode_videos(*run)
 
 
 def test_options_that_may_all_be_right_are_asked_one_by_one(model, tmp_path, monkeypatch):
@@ -177,12 +180,12 @@ def test_options_that_may_all_be_right_are_asked_one_by_one(model, tmp_path, mon
         return [{"said": 0 if s.options else "two"} for s in samples]
 
     monkeypatch.setattr(evaluate, "reply_to", replies)
-    found = evaluate.ask(model, [sample, other], lambda video: None, "likelihood", tmp_path / "kept.jsonl")
+    found = ask(model, [sample, other], lambda video: None, "likelihood", tmp_path / "kept.jsonl")
     assert [f["said"] for f in found] == [[True, True], "two"]
     assert sorted(asked) == ["how many?", "what moved? the blue box: yes or no?", "what moved? the red egg: yes or no?"]
-    summary, items = evaluate.score_predictions("clevrer", [sample], {"1": [True, False]})
+    summary, items = score_predictions("clevrer", [sample], {"1": [True, False]})
     assert summary["accuracy"] == 1 and summary["chance_accuracy"] == 0.25
-    assert [evaluate.yes_or_no(r) for r in ("Yes.", "B", 0, 1, "perhaps")] == [True, False, True, False, None]
+    assert [yes_or_no(r) for r in ("Yes.", "B", 0, 1, "perhaps")] == [True, False, True, False, None]
 
 
 def test_a_run_that_goes_on_asks_again_where_its_questions_changed(tmp_path, monkeypatch):
@@ -194,7 +197,7 @@ def test_a_run_that_goes_on_asks_again_where_its_questions_changed(tmp_path, mon
         return [{"said": s.question} for s in samples]
 
     monkeypatch.setattr(evaluate, "reply_to", replies)
-    ask = lambda some: evaluate.ask(None, some, lambda video: None, "direct", tmp_path / "kept.jsonl", batch=2)
+    ask = lambda some: ask(None, some, lambda video: None, "direct", tmp_path / "kept.jsonl", batch=2)
     assert [r["said"] for r in ask(samples[:2] + samples[3:])] == ["q0", "q1", "q3", "q4", "q5"]
     del asked[:]
     assert [r["said"] for r in ask(samples)] == [s.question for s in samples] and asked == ["2", "3", "4", "5"]
@@ -206,9 +209,9 @@ def test_intervals_resample_films_not_their_spans():
     spans = [f"film{i % 3}.mp4#t={i},{i + 1}" for i in range(30)]
     samples = [Sample(str(i), video, "?", "a") for i, video in enumerate(spans)]
     right = [i % 3 == 0 for i in range(30)]
-    videos, _ = zip(*evaluate.tally("jsonl", samples, right)["all"], strict=True)
+    videos, _ = zip(*tally("jsonl", samples, right)["all"], strict=True)
     assert set(videos) == {"film0.mp4", "film1.mp4", "film2.mp4"}
-    assert evaluate.interval(right, videos) == [0, 1]
+    assert interval(right, videos) == [0, 1]
 
 
 def test_a_limit_takes_both_questions_of_a_line_of_vcr():
@@ -226,15 +229,15 @@ def test_a_written_choice_is_read_from_the_reply(model, monkeypatch, tmp_path):
     said, prompts = iter(["Left, then right. Therefore, the final answer is: B", "B", "neither"]), []
     batch = lambda features, asked: prompts.extend(asked) or [next(said) for _ in asked]
     monkeypatch.setattr(model, "answer_batch", batch)
-    found = evaluate.ask(model, samples, lambda video: None, "cot", tmp_path / "kept.jsonl")
+    found = ask(model, samples, lambda video: None, "cot", tmp_path / "kept.jsonl")
     assert prompts[0].startswith("where?\nA: left\nB: right\n") and "step by step" in prompts[0]
-    summary, items = evaluate.score_predictions("jsonl", samples, {s.id: f["said"] for s, f in zip(samples, found)})
+    summary, items = score_predictions("jsonl", samples, {s.id: f["said"] for s, f in zip(samples, found)})
     assert [i["read"] for i in items] == [1, 1, None] and summary["unparsed"] == 1 and summary["accuracy"] == 2 / 3
 
 
 def test_majority_and_chance_by_hand():
     samples = [Sample(str(i), "v", "?", a, category=c) for i, (a, c) in enumerate(["ax", "ax", "bx", "cy"])]
-    assert evaluate.baselines(samples) == {"chance": [None] * 4, "majority": [True, True, False, True]}
+    assert baselines(samples) == {"chance": [None] * 4, "majority": [True, True, False, True]}
 
 
 def test_limit_takes_a_fair_sample_and_counts_the_rest(place):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from toy.pretrain import make_training_world, make_videos, videos_in
+from toy.videos import make_training_world, make_videos, videos_in
 from train import DEFAULTS, Settings, complete, recipe, toy_work
 
 ROOT = Path(__file__).resolve().parent.parent

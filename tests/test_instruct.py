@@ -1,4 +1,4 @@
-"""data.py instruct against a local server of the chat-completions protocol that misbehaves as real ones do."""
+"""data.instruct against a local server of the chat-completions protocol that misbehaves as real ones do."""
 
 import argparse
 import io
@@ -22,7 +22,11 @@ import pytest
 from conftest import write_video
 from PIL import Image
 
-import data
+from data import instruct
+from data.benchmarks import read_samples
+from data.endpoint import NoReply, chat
+from data.instruct import ask_teacher, finished, read_reply
+from data.program import guarded
 from vidreason import PREDICT_PROMPT, REASON_PROMPT, VidReasonError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -146,15 +150,15 @@ def clips(folder, numbers):
 
 
 def command(url, videos, out, *more):
-    words = ["instruct", "--videos", videos, "--teacher", url, "--model", "m", "--out", out, "--frames", 4]
-    return ["data.py", *map(str, [*words, "--concurrency", 3, *more])]
+    words = ["--videos", videos, "--teacher", url, "--model", "m", "--out", out, "--frames", 4]
+    return ["data/instruct.py", *map(str, [*words, "--concurrency", 3, *more])]
 
 
 def run(monkeypatch, capsys, *arguments):
-    """data.py in this process → (exit code, its one line of error or its output)"""
+    """data.instruct in this process → (exit code, its one line of error or its output)"""
     monkeypatch.setattr(sys, "argv", command(*arguments))
     try:
-        data.guarded(data.main)
+        guarded(instruct.main)
     except SystemExit as stop:
         return stop.code, capsys.readouterr().err.splitlines()[-1]
     return 0, capsys.readouterr().out
@@ -221,7 +225,7 @@ def test_what_teachers_do(teacher, tmp_path, monkeypatch, capsys):
     assert "5 videos are done, 10 to ask about" in told
     assert sorted(server.seen) == [5, 6, 8, 9, 10, 11, 13, 14]  # what has failed, nothing else
     assert {row["video"] for row in rows(tmp_path / "new" / "made.failed.jsonl")} == {"cut.mp4", "gone.mp4"}
-    samples = data.read_samples(out, videos)
+    samples = read_samples(out, videos)
     assert len(samples) == 26 == len({s.id for s in samples})
     for n in range(2, 15):
         why, what = [s for s in samples if s.video == f"{n}.mp4"]
@@ -234,8 +238,8 @@ def test_a_killed_run_goes_on(teacher, tmp_path, monkeypatch, capsys):
     server = teacher(delay=0.15)
     videos, out = clips(tmp_path / "videos", range(2, 17)), tmp_path / "made.jsonl"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    words = [sys.executable, ROOT / "data.py", *command(server.url, videos, out)[1:]]
-    process = subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    words = [sys.executable, "-m", "data.instruct", *command(server.url, videos, out)[1:]]
+    process = subprocess.Popen(words, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not (out.exists() and len(out.read_bytes().splitlines()) >= 6):
         time.sleep(0.01)
@@ -255,7 +259,7 @@ def test_a_killed_run_goes_on(teacher, tmp_path, monkeypatch, capsys):
         f"{n}.mp4#{part}" for n in range(2, 17) for part in ("explain", "predict")
     )
     assert sorted(f"{n}.mp4" for n in server.seen) == sorted({f"{n}.mp4" for n in range(2, 17)} - there)
-    assert len(data.read_samples(out, videos)) == 30
+    assert len(read_samples(out, videos)) == 30
 
 
 def test_finished_at_every_byte(tmp_path):
@@ -269,11 +273,11 @@ def test_finished_at_every_byte(tmp_path):
     for cut in range(len(whole) + 1):
         out.write_bytes(whole[:cut])
         end = max(e for e in ends if e <= cut)
-        assert data.finished(out, head) == ends[end] and out.read_bytes() == whole[:end]
+        assert finished(out, head) == ends[end] and out.read_bytes() == whole[:end]
     for other in (b'{"id": 1, "answer": "x"}\n', b'{"id": 1, "ans', whole.replace(b'"m"', b'"gpt"'), whole + b"{}"):
         out.write_bytes(other)
         with pytest.raises(VidReasonError, match=r"made\.jsonl, line \d"):
-            data.finished(out, head)
+            finished(out, head)
         assert out.read_bytes() == other  # somebody else's file is left as it is
 
 
@@ -291,7 +295,7 @@ def test_finished_at_every_byte(tmp_path):
 )  # fmt: skip
 def test_replies_of_no_use(reply):
     with pytest.raises(ValueError):
-        data.read_reply(reply if isinstance(reply, str) else json.dumps(reply))
+        read_reply(reply if isinstance(reply, str) else json.dumps(reply))
 
 
 def dies(path, frames):
@@ -304,9 +308,9 @@ def hangs(path, frames):
 
 @pytest.mark.parametrize("decoder, patience, says", [(dies, 300, "the decoder died"), (hangs, 1, "more than 1 s")])
 def test_some_files_kill_or_hang_their_decoder(decoder, patience, says, monkeypatch):
-    monkeypatch.setattr(data, "show", decoder)
+    monkeypatch.setattr(instruct, "show", decoder)
     context, args = multiprocessing.get_context("forkserver"), argparse.Namespace(frames=4)
-    kind, why, _ = data.ask_teacher(Path("a.mp4"), args, "", context, patience)
+    kind, why, _ = ask_teacher(Path("a.mp4"), args, "", context, patience)
     assert kind == "unreadable" and says in why and "a.mp4" in why
 
 
@@ -345,7 +349,7 @@ def test_mistakes_of_the_user_are_one_line(teacher, tmp_path, monkeypatch, capsy
 def test_a_broken_teacher_stops_the_run(teacher, tmp_path, monkeypatch, capsys):
     """What no video can help is not asked about every video."""
     server = teacher({n: [fault(400)] for n in range(2, 12)})
-    monkeypatch.setattr(data, "STREAK", 4)
+    monkeypatch.setattr(instruct, "STREAK", 4)
     videos, out = clips(tmp_path / "videos", range(2, 12)), tmp_path / "made.jsonl"
     code, line = run(monkeypatch, capsys, server.url, videos, out)
     assert code == 2 and "4 videos failed in a row" in line and sum(map(len, server.seen.values())) <= 4 + 3
@@ -366,9 +370,9 @@ def test_chat_alone(teacher):
     server = teacher()
     server.greeting = say("7")
     messages = [{"role": "user", "content": "?"}]
-    assert data.chat(server.url + "/chat/completions", "m", messages, temperature=0)[:2] == ("7", (1000, 100))
+    assert chat(server.url + "/chat/completions", "m", messages, temperature=0)[:2] == ("7", (1000, 100))
     assert server.last == {"model": "m", "messages": messages, "temperature": 0}
     server.greeting = say("7", refusal="no")
-    with pytest.raises(data.NoReply, match="no") as caught:
-        data.chat(server.url, "m", messages)
+    with pytest.raises(NoReply, match="no") as caught:
+        chat(server.url, "m", messages)
     assert caught.value.refused and caught.value.usage == (1000, 100)

@@ -13,8 +13,11 @@ import numpy as np
 import pytest
 from test_data import ROOT
 
-import evaluate
-from evaluate import extract_choice
+from evaluation.choice import extract_choice
+from evaluation.judge import judge, judge_prompt
+from evaluation.people import human_sheet, read_rankings
+from evaluation.score import compare, print_comparison, sign_test
+from evaluation.words import bertscore, bleu_rouge, coco, open_ended
 from vidreason import VidReasonError
 
 REPLIES = Path(__file__).parent / "fixtures" / "vlm4d_replies.jsonl"
@@ -127,34 +130,34 @@ def test_open_ended_by_hand(monkeypatch):
     pytest.importorskip("sacrebleu")
     for name in ("pycocoevalcap.cider.cider", "pycocoevalcap.meteor.meteor", "bert_score"):
         monkeypatch.setitem(sys.modules, name, None)
-    found = evaluate.open_ended(["On the mat sat the cat!", "A dog"], ["the cat sat on the mat", ["a dog", "one dog"]])
+    found = open_ended(["On the mat sat the cat!", "A dog"], ["the cat sat on the mat", ["a dog", "one dog"]])
     # 8 of 8 words; of 5 + 1 pairs "on the", "the mat", "the cat" and "a dog"; of 4 triples "on the mat"; no 4 in a row
     assert found["BLEU-1"] == 1 and found["BLEU-2"] == round((4 / 6) ** 0.5, 4)
     assert found["BLEU-3"] == round((4 / 6 * 1 / 4) ** (1 / 3), 4) and found["BLEU-4"] == 0
     assert found["ROUGE-L"] == round((3 / 6 + 1) / 2, 4)  # "on the mat" of 6; all
     assert found["exact"] == 0 and found["normalised"] == 0.5 and found["n"] == 2
     assert found["CIDEr"] is None and "ROUGE-L" not in found["missing"]
-    short = evaluate.bleu_rouge(["a b"], [["a b c d", "x"]])  # the nearer reference is x
+    short = bleu_rouge(["a b"], [["a b c d", "x"]])  # the nearer reference is x
     assert short["BLEU-1"] == pytest.approx(1) and short["ROUGE-L"] == pytest.approx(2 * 2 / (2 + 4))
-    assert evaluate.bleu_rouge(["a b"], [["a b c d"]])["BLEU-1"] == pytest.approx(np.exp(1 - 4 / 2))
-    assert evaluate.bleu_rouge(["шар"], [["шар"]])["ROUGE-L"] == 1
+    assert bleu_rouge(["a b"], [["a b c d"]])["BLEU-1"] == pytest.approx(np.exp(1 - 4 / 2))
+    assert bleu_rouge(["шар"], [["шар"]])["ROUGE-L"] == 1
 
 
 def test_cider_by_hand():
     pytest.importorskip("pycocoevalcap")
-    found = evaluate.coco("CIDEr", ["red ball", "", "blue egg"], [["red ball"], ["green box"], ["blue egg rolls"]])
+    found = coco("CIDEr", ["red ball", "", "blue egg"], [["red ball"], ["green box"], ["blue egg rolls"]])
     # idf log 3 throughout. First: 1- and 2-grams equal, no longer ones: (1 + 1 + 0 + 0) / 4 · 10. Second: nothing.
     # Third: cosines 2/√6 and 1/√2, one bigram fewer: the Gaussian of width 6.
     third = (2 / 6**0.5 + 1 / 2**0.5) / 4 * 10 * np.exp(-1 / 72)
     assert found["CIDEr"] == pytest.approx((5 + 0 + third) / 3)
     with pytest.raises(ImportError, match="two questions"):
-        evaluate.coco("CIDEr", ["red"], [["red"]])
+        coco("CIDEr", ["red"], [["red"]])
 
 
 @pytest.mark.skipif(not shutil.which("java"), reason="METEOR is a Java program")
 def test_meteor_by_hand():
     pytest.importorskip("pycocoevalcap")
-    found = evaluate.coco("METEOR", ["blue egg qqq"], [["green box", "blue egg zzz"]])
+    found = coco("METEOR", ["blue egg qqq"], [["green box", "blue egg zzz"]])
     # P = R = 2/3 with the better reference; two matches in one chunk: METEOR 1.5's penalty 0.6 · (1/2)^0.2
     assert found["METEOR"] == pytest.approx(2 / 3 * (1 - 0.6 * 0.5**0.2))
 
@@ -171,13 +174,13 @@ def test_bertscore(tmp_path):
     torch.manual_seed(0)
     shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
     BertModel(BertConfig(vocab_size=len(vocabulary), **shape)).save_pretrained(tmp_path)
-    score = lambda said, truths: float(evaluate.bertscore(tmp_path, said, truths)["BERTScore"])
+    score = lambda said, truths: float(bertscore(tmp_path, said, truths)["BERTScore"])
     assert score(["the cat sat"], [["the cat sat"]]) == pytest.approx(1)
     assert 0 < score(["the cat sat"], [["a dog runs on"]]) < 0.99
     # the best of two references; nothing is 0
     assert score(["the cat sat", " "], [["a dog runs on", "the cat sat"], ["a dog"]]) == pytest.approx(0.5)
     with pytest.raises(ImportError, match="--bert_model"):
-        evaluate.bertscore(tmp_path / "nowhere", ["a"], [["b"]])
+        bertscore(tmp_path / "nowhere", ["a"], [["b"]])
 
 
 def small_wordnet(folder):
@@ -254,13 +257,13 @@ def test_wups_by_hand(tmp_path):
 def test_missing_libraries_are_named(monkeypatch):
     for name in ("sacrebleu.metrics", "pycocoevalcap.cider.cider", "pycocoevalcap.meteor.meteor", "bert_score"):
         monkeypatch.setitem(sys.modules, name, None)
-    found = evaluate.open_ended(["The cat.", "a dog"], ["cat", "a dog"])
+    found = open_ended(["The cat.", "a dog"], ["cat", "a dog"])
     assert (found["exact"], found["normalised"]) == (0.5, 1)
     assert found["BLEU-4"] is found["METEOR"] is found["CIDEr"] is found["BERTScore"] is None
     assert found["missing"]["CIDEr"] == "CIDEr: pip install pycocoevalcap"
     assert "sacrebleu" in found["missing"]["ROUGE-L"] and "bert-score" in found["missing"]["BERTScore"]
     with pytest.raises(VidReasonError, match="needs a reference"):
-        evaluate.open_ended(["a"], [])
+        open_ended(["a"], [])
 
 
 # --------------------------------------------------------------------------- an LLM as the judge
@@ -329,7 +332,7 @@ def asked(url):
 
 def judged(url, cache, *cases, **options):
     items = [{"id": c, "question": "why {x}?", "reference": "it fell", "answer": c} for c in cases]
-    return evaluate.judge(items, url, "some-model", cache, timeout=1.5, tries=3, **options)
+    return judge(items, url, "some-model", cache, timeout=1.5, tries=3, **options)
 
 
 def test_judge_scores_and_reruns_for_nothing(server, tmp_path):
@@ -346,8 +349,8 @@ def test_judge_scores_and_reruns_for_nothing(server, tmp_path):
     kept = [json.loads(p.read_text()) for p in tmp_path.glob("*.json")]
     assert len(kept) == 7 and all(k["model"] == "some-model" and "why {x}?" in k["prompt"] for k in kept)
     twins = [{"id": i, "question": "?", "reference": "", "answer": "twin"} for i in (1, 2)]
-    assert evaluate.judge(twins, server, "some-model", tmp_path)["n"] == 2 and asked(server)["twin"] == 1
-    evaluate.judge(twins, server, "other-model", tmp_path)  # a verdict belongs to its judge
+    assert judge(twins, server, "some-model", tmp_path)["n"] == 2 and asked(server)["twin"] == 1
+    judge(twins, server, "other-model", tmp_path)  # a verdict belongs to its judge
     assert asked(server)["twin"] == 2
 
 
@@ -394,7 +397,7 @@ def test_the_judge_from_the_command_line(server, tmp_path):
 
 
 def test_judge_prompt_has_the_papers_axes():
-    prompt = evaluate.judge_prompt("why?", "it {fell}", "it flew")
+    prompt = judge_prompt("why?", "it {fell}", "it flew")
     for text in ("Factual Grounding", "Logical Coherence", "Insightfulness"):
         assert text.lower().replace(" ", "_") in prompt
     assert "1 to 10" in prompt.replace("\n", " ") and "it {fell}" in prompt and "it flew" in prompt
@@ -407,7 +410,7 @@ def sheet_of(folder, **options):
     clip = ROOT / "toy" / "clips" / "red-pin-stops-10.mp4"
     questions = [{"id": f"secret-{i}", "question": f"why <{i}>?", "video": clip} for i in range(12)]
     answers = {f"model-{m}": {q["id"]: f"{m} says {q['id'][-1]}" for q in questions} for m in "xyz"}
-    evaluate.human_sheet(questions, answers, folder, **options)
+    human_sheet(questions, answers, folder, **options)
     return (folder / "index.html").read_text(), json.loads((folder / "key.json").read_text())
 
 
@@ -439,25 +442,25 @@ def test_rankings_become_wins_and_losses(tmp_path):
         return path
 
     plain = fill("plain", lambda i, m: rank[m])
-    xy, xz, yz = evaluate.read_rankings(tmp_path / "key.json", [plain])
+    xy, xz, yz = read_rankings(tmp_path / "key.json", [plain])
     assert (xy["model"], xy["against"], xy["win"], xy["n"]) == ("model-x", "model-y", 1, 12)
     assert xz["win"] == 1 and xy["p"] == 2 / 2**12
     assert (yz["win"], yz["tie"], yz["loss"], yz["p"]) == (0, 1, 0, 1)
     # two of three rank y just above x in the first nine questions: the majority counts, not by how much
     other = [fill(f"{k}", lambda i, m: 1 if (m == "model-y") == (i < 9) else 2) for k in range(2)]
-    xy = evaluate.read_rankings(tmp_path / "key.json", [plain, *other])[0]
-    assert (xy["win"], xy["loss"], xy["n"]) == (0.25, 0.75, 12) and xy["p"] == evaluate.sign_test(3, 9)
+    xy = read_rankings(tmp_path / "key.json", [plain, *other])[0]
+    assert (xy["win"], xy["loss"], xy["n"]) == (0.25, 0.75, 12) and xy["p"] == sign_test(3, 9)
     half = fill("half", lambda i, m: 1, ranks={"q1": {"A": 1, "B": 2}})  # unfinished counts as far as it goes
-    assert [r["n"] for r in evaluate.read_rankings(tmp_path / "key.json", [half])] == [1]
+    assert [r["n"] for r in read_rankings(tmp_path / "key.json", [half])] == [1]
     for changes, says in (({"sheet": "x"}, "another sheet"), ({"ranks": {"q99": {"A": 1}}}, "filled-in")):
         with pytest.raises(VidReasonError, match=says):
-            evaluate.read_rankings(tmp_path / "key.json", [fill("bad", lambda i, m: 1, **changes)])
+            read_rankings(tmp_path / "key.json", [fill("bad", lambda i, m: 1, **changes)])
 
 
 def test_sign_test():
-    assert evaluate.sign_test(0, 0) == 1 and evaluate.sign_test(3, 3) == 1
-    assert evaluate.sign_test(1, 8) == evaluate.sign_test(8, 1) == 2 * (1 + 9) / 2**9
-    assert evaluate.sign_test(10000, 10400) == pytest.approx(0.00520, abs=2e-5)  # normal: z = 399 / √20400
+    assert sign_test(0, 0) == 1 and sign_test(3, 3) == 1
+    assert sign_test(1, 8) == sign_test(8, 1) == 2 * (1 + 9) / 2**9
+    assert sign_test(10000, 10400) == pytest.approx(0.00520, abs=2e-5)  # normal: z = 399 / √20400
 
 
 # --------------------------------------------------------------------------- comparing result files
@@ -476,23 +479,23 @@ def result_file(path, right, **changes):
 def test_compare(tmp_path, capsys):
     right = np.random.default_rng(0).random((2, 400)) < [[0.5], [0.6]]
     a, b = (result_file(tmp_path / name, r) for name, r in zip("ab", right, strict=True))
-    found = evaluate.compare(a, b)
+    found = compare(a, b)
     only_a, only_b = int((right[0] & ~right[1]).sum()), int((~right[0] & right[1]).sum())
     assert (found["only_first_right"], found["only_second_right"]) == (only_a, only_b) and found["n"] == 400
     assert found["difference"] == pytest.approx((only_b - only_a) / 400) and found["accuracy"][0] == right[0].mean()
     assert found["interval"][0] < found["difference"] < found["interval"][1]
-    assert found["p"] == evaluate.sign_test(only_a, only_b) and found["by_type"]["a"]["n"] == 200
-    back = evaluate.compare(b, a)
+    assert found["p"] == sign_test(only_a, only_b) and found["by_type"]["a"]["n"] == 200
+    back = compare(b, a)
     assert back["difference"] == -found["difference"] and back["p"] == found["p"]
-    same = evaluate.compare(a, a)
+    same = compare(a, a)
     assert same["difference"] == 0 and same["interval"] == [0, 0] and same["p"] == 1
-    evaluate.print_comparison(found)
+    print_comparison(found)
     assert f"{found['difference']:+.3f}" in capsys.readouterr().out
     # where all questions about a video go alike there are fewer facts, so the interval is wider
     whole = result_file(tmp_path / "whole", np.repeat(right[1, :100], 4))
     none = result_file(tmp_path / "none", np.zeros(400))
     once = result_file(tmp_path / "once", np.tile(right[1, :100], 4))
-    width = lambda path: np.ptp(evaluate.compare(none, path)["interval"])
+    width = lambda path: np.ptp(compare(none, path)["interval"])
     assert width(whole) > 1.5 * width(once)
 
 
@@ -501,12 +504,12 @@ def test_compare_refuses_other_questions(tmp_path):
     other = ({"question": "else"}, {"options": ["a"]}, {"gold": "u"}, {"video": "v9"})
     for right, changes in (([1, 0, 1, 1], {}), ([1, 0], {}), *(([1, 0, 1], changes) for changes in other)):
         with pytest.raises(VidReasonError, match="questions differ"):
-            evaluate.compare(a, result_file(tmp_path / "b", right, **changes))
+            compare(a, result_file(tmp_path / "b", right, **changes))
     with pytest.raises(VidReasonError, match="two with one id"):
-        evaluate.compare(a, result_file(tmp_path / "twice", [1, 0, 1], id="1"))
+        compare(a, result_file(tmp_path / "twice", [1, 0, 1], id="1"))
     (tmp_path / "text").write_text("{}")
     with pytest.raises(VidReasonError, match="no result file"):
-        evaluate.compare(a, tmp_path / "text")
+        compare(a, tmp_path / "text")
 
 
 # --------------------------------------------------------------------------- all replies that people judged

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from train import LLM_SHAPES, llm_on_meta, plan, print_plan, si, trace
+from plan import LLM_SHAPES, llm_on_meta, plan, print_plan, si, trace
 from vidreason import PRESETS, Conversation, VidReasonError, build_sam, loss, pack
 
 ROOT = Path(__file__).resolve().parent.parent

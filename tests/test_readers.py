@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-import data
-import evaluate
+from data.benchmarks import READERS, as_asked, read_predictions, read_samples, split_weight
+from evaluation.score import score_predictions
 from vidreason import VidReasonError
 
 FIXTURES = Path(__file__).resolve().parent / "fixtures"
@@ -24,11 +24,11 @@ CLEVRER, HOLMES = FIXTURES / "clevrer" / "train-orig-small.json", FIXTURES / "vi
 
 
 def read(name, *paths):
-    return {s.id: s for s in data.READERS[name](paths)}
+    return {s.id: s for s in READERS[name](paths)}
 
 
 def score(name, samples, predictions):
-    summary, items = evaluate.score_predictions(name, list(samples.values()), predictions)
+    summary, items = score_predictions(name, list(samples.values()), predictions)
     return summary, {item["id"]: item for item in items}
 
 
@@ -64,7 +64,7 @@ def test_nextqa_answers_count_from_zero():
 
 def test_nextqa_scores_equal_the_published_code():
     """What eval_mc.py prints for the excerpt. (On the whole file it prints 46.26, 50.74, 59.33 and 49.74, as we do.)"""
-    predictions = evaluate.read_predictions(NEXTQA / "HGA-bert-ft-h256-val-example.json", "nextqa")
+    predictions = read_predictions(NEXTQA / "HGA-bert-ft-h256-val-example.json", "nextqa")
     summary, items = score("nextqa", read("nextqa", NEXTQA / "val.csv"), predictions)
     found = percent(summary)
     assert found["C"] == (63.64, 11) and found["T"] == (83.33, 6) and found["D"] == (33.33, 3)
@@ -79,7 +79,7 @@ def test_gold_comes_from_the_annotations(tmp_path):
     """A result file's own "answer", which eval_mc.py believes, changes nothing."""
     rows = json.loads((NEXTQA / "HGA-bert-ft-h256-val-example.json").read_text())
     cheat = {name: {**row, "answer": row["prediction"]} for name, row in rows.items()}
-    predictions = evaluate.read_predictions(write(tmp_path / "cheat.json", cheat), "nextqa")
+    predictions = read_predictions(write(tmp_path / "cheat.json", cheat), "nextqa")
     assert score("nextqa", read("nextqa", NEXTQA / "val.csv"), predictions)[0]["accuracy"] == 0.65
 
 
@@ -97,13 +97,13 @@ def test_nextqa_open_ended():
     assert samples["4924794333_4"].truths == () and samples["4924794333_4"].category == "DB"
     assert samples["5772591393_4"].video == "5772591393.mp4"  # no map beside the file
     predictions = {"5772591393_4": "turn its head", "7004238086_5": "sitting on the sofa", "4924794333_4": "yes"}
-    assert evaluate.score_predictions("nextqa-oe", list(samples.values()), predictions)[0]["accuracy"] == 2 / 17
+    assert score_predictions("nextqa-oe", list(samples.values()), predictions)[0]["accuracy"] == 2 / 17
 
 
 def test_nextqa_open_ended_result_file(tmp_path):
     """Hand-written in the layout of NExT-OE's results/*.json: {video: {qid: text}}."""
     path = write(tmp_path / "HGA.json", {"5772591393": {"4": "turn its head"}, "7004238086": {"0": ""}})
-    assert evaluate.read_predictions(path, "nextqa-oe") == {"5772591393_4": "turn its head", "7004238086_0": ""}
+    assert read_predictions(path, "nextqa-oe") == {"5772591393_4": "turn its head", "7004238086_0": ""}
 
 
 # --------------------------------------------------------------------------- ActivityNet-QA
@@ -123,7 +123,7 @@ def test_activitynetqa_is_joined_by_id(tmp_path):
 def test_activitynetqa_free_are_the_types_from_3_on():
     """The published eval.py prints the same per type and for all, but 1.5 for Free: it divides by the types that come
     third to last in the file. (On the whole file it prints .7583, where we have .5055.)"""
-    predictions = evaluate.read_predictions(ACTIVITYNET / "pred_val_example.json", "activitynetqa")
+    predictions = read_predictions(ACTIVITYNET / "pred_val_example.json", "activitynetqa")
     found = percent(score("activitynetqa", read("activitynetqa", ACTIVITYNET / "val_q.json"), predictions)[0])
     assert found["all"] == (66.67, 15) and found["free"] == (75.0, 12)
     one_each = {"motion": 0, "spatial relation": 100, "temporal relation": 0, "color": 0, "object": 0, "location": 100}
@@ -157,7 +157,7 @@ def test_clevrer_scores_per_option_and_per_question(tmp_path):
         {"scene_index": int(scene), "questions": [{"question_id": int(q), "choices": found[::-1]}]}
         for (scene, q), found in ((k.split("_"), v) for k, v in choices.items())
     ]
-    predictions = evaluate.read_predictions(write(path, scenes), "clevrer")
+    predictions = read_predictions(write(path, scenes), "clevrer")
     assert predictions["9253_12"] == ["wrong", None, "wrong", "wrong"]
     summary, items = score("clevrer", samples, predictions)
     assert [i for i in items if items[i]["correct"]] == ["7748_11", "7627_11"]  # none right, and all right
@@ -192,7 +192,7 @@ def test_clevrer_descriptive_questions_and_the_host_s_layout(tmp_path):
 
 
 def test_clevrer_trains_option_by_option():
-    asked = data.read_samples(f"clevrer:{CLEVRER}")
+    asked = read_samples(f"clevrer:{CLEVRER}")
     assert len(asked) == 20 and {s.answer for s in asked} == {"yes", "no"}
     assert sum(s.answer == "yes" for s in asked) == 10 and all(s.options[s.gold] == s.answer for s in asked)
     assert asked[1].question.endswith("sphere's exit? the presence of the metal cube: yes or no?")
@@ -290,7 +290,7 @@ def test_vlm4d_scores_equal_the_published_code():
     """What acc_final_statistics.py writes for these two files: exo 25, synthetic 0, all 12.5."""
     names = "real_mc_cot/Qwen2.5-VL-7B-Instruct_1fps.json", "synthetic_mc_direct-output/InternVideo2-Chat-8B_1fps.json"
     files = [RESULTS / name for name in names]
-    predictions = evaluate.read_predictions(files, "vlm4d-judged")
+    predictions = read_predictions(files, "vlm4d-judged")
     found = percent(score("vlm4d", read("vlm4d", *files), predictions)[0])  # result files hold their questions
     assert found == {
         "real": (25, 4), "real exo-centric": (25, 4), "synthetic": (0, 4), "synthetic directional": (0, 3),
@@ -300,11 +300,11 @@ def test_vlm4d_scores_equal_the_published_code():
 
 @pytest.mark.parametrize("path", sorted(RESULTS.rglob("*.json")), ids=lambda path: path.stem)
 def test_vlm4d_verdicts_are_those_of_the_checked_judge(path):
-    summary, items = score("vlm4d", read("vlm4d", path), evaluate.read_predictions(path, "vlm4d-judged"))
+    summary, items = score("vlm4d", read("vlm4d", path), read_predictions(path, "vlm4d-judged"))
     rows = json.loads(path.read_text())
     assert [i["correct"] for i in items.values()] == [row["correct"] for row in rows]
     assert summary["unparsed"] == sum(row["extracted_answer"] == "No Valid Answer" for row in rows)
-    assert list(evaluate.read_predictions(path, "vlm4d").values()) == [row["response"] for row in rows]
+    assert list(read_predictions(path, "vlm4d").values()) == [row["response"] for row in rows]
 
 
 def test_vlm4d_judge_rewords_options(tmp_path):
@@ -314,7 +314,7 @@ def test_vlm4d_judge_rewords_options(tmp_path):
     for row, found in zip(rows, says, strict=True):
         row["extracted_answer"] = found
     path = write(tmp_path / "real_mc_cot" / "m.json", rows)
-    items = score("vlm4d", read("vlm4d", path), evaluate.read_predictions(path, "vlm4d-judged"))[1]
+    items = score("vlm4d", read("vlm4d", path), read_predictions(path, "vlm4d-judged"))[1]
     assert [i["correct"] for i in items.values()] == [True, False, False]
 
 
@@ -331,12 +331,12 @@ def test_vlm4d_replies_to_older_questions(tmp_path):
     folder.mkdir()
     rows = json.loads((RESULTS / "real_mc_direct-output/deepseek-vl2_8frame.json").read_text())
     rows[0]["choices"] = dict(zip("ABCD", [*rows[0]["choices"].values()][::-1], strict=True))  # B is now "right"
-    path, now = write(folder / "old.json", rows), data.READERS["vlm4d"](VLM4D / "real_mc.json")
-    asked, changed = evaluate.as_asked(now, path)
+    path, now = write(folder / "old.json", rows), READERS["vlm4d"](VLM4D / "real_mc.json")
+    asked, changed = as_asked(now, path)
     assert changed == ["real_validation_1"] and asked[1:] == now[1:] and asked[0].video == now[0].video
-    predictions = evaluate.read_predictions(path, "vlm4d")
-    assert not evaluate.score_predictions("vlm4d", asked, predictions)[1][0]["correct"]
-    assert evaluate.score_predictions("vlm4d", now, predictions)[1][0]["correct"]
+    predictions = read_predictions(path, "vlm4d")
+    assert not score_predictions("vlm4d", asked, predictions)[1][0]["correct"]
+    assert score_predictions("vlm4d", now, predictions)[1][0]["correct"]
 
 
 # --------------------------------------------------------------------------- Video-Holmes
@@ -349,7 +349,7 @@ def test_video_holmes_ids_start_again_with_each_film(tmp_path):
     assert len(samples) == 16 and (s.video, s.gold, s.category) == ("RSmjqss0XKQ.mp4", 5, "CTI")
     assert s.options[5] == s.answer and len(s.options) == 6
     rows = [{"video ID": film, "Question ID": 1, "Predicr Answer": "A"} for film in ("RSmjqss0XKQ", "dGS48Kcax5k")]
-    predictions = evaluate.read_predictions(write(tmp_path / "Results.json", rows), "video-holmes")
+    predictions = read_predictions(write(tmp_path / "Results.json", rows), "video-holmes")
     summary, items = score("video-holmes", samples, predictions)
     assert items["RSmjqss0XKQ_1"]["correct"] and not items["dGS48Kcax5k_1"]["correct"]
     assert percent(summary)["SR"] == (50, 2) and summary["missing"] == 14 and summary["n"] == 16
@@ -384,8 +384,8 @@ def test_ids_that_collide_become_distinct(tmp_path):
     row = {"video": "a.mp4", "question": "q", "answer": "a"}
     one = write(tmp_path / "one.jsonl", [{**row, "id": 1}, {**row, "id": 2}])
     two = write(tmp_path / "two.jsonl", [{**row, "id": 2}, {**row, "id": 3}, {**row, "id": 3}])
-    assert [s.id for s in data.READERS["jsonl"]([one, two])] == ["1", "one/2", "two/2", "two/3", "two/3#2"]
-    assert [s.id for s in data.READERS["jsonl"](two)] == ["2", "3", "3#2"]
+    assert [s.id for s in READERS["jsonl"]([one, two])] == ["1", "one/2", "two/2", "two/3", "two/3#2"]
+    assert [s.id for s in READERS["jsonl"](two)] == ["2", "3", "3#2"]
 
 
 # --------------------------------------------------------------------------- mistakes, missing things, mixtures
@@ -439,7 +439,7 @@ def test_missing_empty_and_unreadable_predictions_count_as_wrong(tmp_path):
     names, gold = list(samples), {name: s.gold for name, s in samples.items()}
     said = [*("", "  ", None), *("the first or the second", 7, -1, True, "3"), *(gold[n] for n in names[8:12])]
     rows = [{"id": name, "prediction": p} for name, p in zip([*names[:12], "elsewhere"], [*said, 0], strict=True)]
-    predictions = evaluate.read_predictions(write(tmp_path / "p.jsonl", rows), "jsonl")
+    predictions = read_predictions(write(tmp_path / "p.jsonl", rows), "jsonl")
     summary, _ = score("nextqa", samples, predictions)
     counts = {key: summary[key] for key in ("n", "accuracy", "missing", "empty", "unparsed", "unasked")}
     assert counts == {"n": 20, "accuracy": 4 / 20, "missing": 8, "empty": 3, "unparsed": 5, "unasked": 1}
@@ -448,9 +448,9 @@ def test_missing_empty_and_unreadable_predictions_count_as_wrong(tmp_path):
 def test_bad_result_files_are_named(tmp_path):
     twice = write(tmp_path / "p.jsonl", [{"id": "a", "prediction": 1}, {"id": "a", "prediction": 2}])
     with pytest.raises(VidReasonError, match="a is answered twice.*p.jsonl, line 2"):
-        evaluate.read_predictions(twice, "jsonl")
+        read_predictions(twice, "jsonl")
     with pytest.raises(VidReasonError, match="'prediction'.*p.json, record 1"):
-        evaluate.read_predictions(write(tmp_path / "p.json", {"a_1": {"answer": 1}}), "nextqa")
+        read_predictions(write(tmp_path / "p.json", {"a_1": {"answer": 1}}), "nextqa")
     with pytest.raises(VidReasonError, match="--format"):
         score("nextqa", read("nextqa", NEXTQA / "val.csv"), {"elsewhere": 1})
 
@@ -465,17 +465,17 @@ def test_training_reads_every_benchmark(tmp_path, vcr):
         "video-holmes": HOLMES / "RSmjqss0XKQ.json",
     }
     for name, path in files.items():
-        for s in data.read_samples(f"{name}:{path}", tmp_path):
+        for s in read_samples(f"{name}:{path}", tmp_path):
             assert s.question and s.answer and (s.options is None or s.options[s.gold] == s.answer)
     plain = write(tmp_path / "c:d.jsonl", [{"video": "a.mp4", "caption": "a ball"}])
-    assert data.read_samples(plain)[0].answer == data.read_samples(f"jsonl:{plain}")[0].answer == "a ball"
+    assert read_samples(plain)[0].answer == read_samples(f"jsonl:{plain}")[0].answer == "a ball"
 
 
 def test_weights():
-    assert data.split_weight("nextqa:a/train.csv@2.5") == ("nextqa:a/train.csv", 2.5)
-    assert data.split_weight("b@home.jsonl") == ("b@home.jsonl", 1.0)
+    assert split_weight("nextqa:a/train.csv@2.5") == ("nextqa:a/train.csv", 2.5)
+    assert split_weight("b@home.jsonl") == ("b@home.jsonl", 1.0)
     with pytest.raises(VidReasonError, match="weight 0"):
-        data.split_weight("c.jsonl@0")
+        split_weight("c.jsonl@0")
 
 
 def test_videos_are_found_where_they_lie(tmp_path):
@@ -483,12 +483,12 @@ def test_videos_are_found_where_they_lie(tmp_path):
     for name in ("v_TIEzvhv6xaI.webm", "7X3wPRKuAsU.mkv", "x/v_JTQsElq5UN4.mp4", "y/v_JTQsElq5UN4.mp4"):
         (tmp_path / "a" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "a" / name).touch()
-    found = {s.id: s.video for s in data.read_samples(f"activitynetqa:{ACTIVITYNET}/val_q.json", tmp_path / "a")}
+    found = {s.id: s.video for s in read_samples(f"activitynetqa:{ACTIVITYNET}/val_q.json", tmp_path / "a")}
     assert found["v_TIEzvhv6xaI_2"] == "v_TIEzvhv6xaI.webm" and found["v_7X3wPRKuAsU_3"] == "7X3wPRKuAsU.mkv"
     assert found["v_JTQsElq5UN4_3"] == "v_JTQsElq5UN4.mp4" and found["v_KxJpfKZbNiI_3"] == "v_KxJpfKZbNiI.mp4"
     (tmp_path / "n" / "1106").mkdir(parents=True)
     (tmp_path / "n" / "1106" / "4010069381.mp4").touch()
-    samples = data.read_samples(f"nextqa:{NEXTQA}/val.csv", tmp_path / "n")
+    samples = read_samples(f"nextqa:{NEXTQA}/val.csv", tmp_path / "n")
     assert samples[0].video == "1106/4010069381.mp4" and samples[1].video == "NExTVideo/1104/4882821564.mp4"
 
 

@@ -230,7 +230,9 @@ MEMORY_OF_RECORDS = """
 import sys, tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
-from data import Batches, FeatureCache, read_samples
+from data.batches import Batches
+from data.benchmarks import read_samples
+from data.features import FeatureCache
 
 folder = Path(sys.argv[1])
 tracemalloc.start()

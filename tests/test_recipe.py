@@ -10,8 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from data import FeatureCache
-from toy import ablations, pretrain, world
+from data.features import FeatureCache
+from toy import ablations, language, world
+from toy.llm import story_of
 from vidreason import VidReasonError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -122,7 +123,7 @@ def test_what_synthetic_data_are(recipe, tmp_path, monkeypatch):
     kept = [json.loads(x) for x in (tmp_path / "no_synthetic_data.jsonl").read_text().splitlines()]
     questions = lambda path: [json.loads(line)["question"] for line in path.read_text().splitlines()]
     texts, before = questions(tmp_path / "no_synthetic_text.jsonl"), questions(ablations.DATA / "text.jsonl")
-    asked = {q for kind in ("explain", "predict", "held-out") for q in world.QUESTIONS[kind]}
+    asked = {q for kind in ("explain", "predict", "held-out") for q in language.QUESTIONS[kind]}
     assert not {"explain", "predict"} & {row["type"] for row in kept} and "why" in {row["type"] for row in kept}
     assert texts and not asked & {*texts} and asked & {*before}
 
@@ -131,7 +132,7 @@ def test_what_world_knowledge_is():
     told = {"context": "there is a red pin and a blue balloon .", "question": "why ?", "answer": "it popped"}
     assert ablations.mentions_held_out_pair(told)
     assert not ablations.mentions_held_out_pair({**told, "context": "there is a red pin and a blue egg ."})
-    story = [pretrain.story_of((0, i, False))[0].split() for i in range(0, 60, 6)]
+    story = [story_of((0, i, False))[0].split() for i in range(0, 60, 6)]
     assert not any(pair <= set(words) for words in story for pair in world.HELD_OUT)
-    with_knowledge = [pretrain.story_of((0, i, True))[0].split() for i in range(0, 60, 6)]
+    with_knowledge = [story_of((0, i, True))[0].split() for i in range(0, 60, 6)]
     assert all(any(pair <= set(words) for pair in world.HELD_OUT) for words in with_knowledge)

@@ -10,7 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from toy import world
+from toy import language
+from toy.videos import make_videos
+from toy.vision import mask_quality
 
 ROOT = Path(__file__).resolve().parent.parent
 WEIGHTS, CLIPS = ROOT / "toy" / "weights", ROOT / "toy" / "clips"
@@ -28,7 +30,7 @@ def test_files_are_those_of_the_provenance():
 
 def test_toy_clips_cover_every_type():
     records = [json.loads(line) for line in (CLIPS / "samples.jsonl").read_text().splitlines()]
-    assert {r["type"] for r in records} == set(world.QUESTIONS)
+    assert {r["type"] for r in records} == set(language.QUESTIONS)
     videos = {r["video"] for r in records}
     assert videos == {p.name for p in CLIPS.glob("*.mp4")} and len(videos) >= 12
 
@@ -43,8 +45,8 @@ def scores(tmp_path_factory):
 
 def test_shipped_weights_reach_the_figures_of_the_readme(scores):
     lines = [line.split("|") for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| ")]
-    figures = {c[1].strip(): float(c[2]) for c in lines if c[1].strip() in {*world.QUESTIONS, "all together"}}
-    assert figures.keys() == {*world.QUESTIONS, "all together"}
+    figures = {c[1].strip(): float(c[2]) for c in lines if c[1].strip() in {*language.QUESTIONS, "all together"}}
+    assert figures.keys() == {*language.QUESTIONS, "all together"}
     assert scores["accuracy"] > figures["all together"] - 0.04
     for type_, row in scores["by_type"].items():
         assert row["accuracy"] > figures[type_] - max(MARGIN, 1.5 / row["n"] ** 0.5), (type_, row)
@@ -66,9 +68,10 @@ def test_readme_answers(capsys):
     from infer import main
 
     main([str(CLIPS / "red-egg-breaks-0.mp4"), "why?"])
-    assert world.check(capsys.readouterr().out, "the red egg broke because the yellow ball hit it")
+    assert language.check(capsys.readouterr().out, "the red egg broke because the yellow ball hit it")
     main([str(CLIPS / "yellow-pin-nears-red-balloon-0.mp4"), "what happens next?"])
-    assert world.check(capsys.readouterr().out, "the yellow pin will hit the red balloon and the red balloon will pop")
+    truth = "the yellow pin will hit the red balloon and the red balloon will pop"
+    assert language.check(capsys.readouterr().out, truth)
 
 
 def test_the_picture_of_the_ablations_is_there():
@@ -77,13 +80,12 @@ def test_the_picture_of_the_ablations_is_there():
 
 def test_the_shipped_sam_finds_what_the_readme_says(tmp_path):
     """On one keyframe of each of 60 validation videos, decoded from mp4."""
-    from toy import pretrain
     from vidreason import load_vision, read_config
 
     config = read_config(WEIGHTS)
-    pretrain.make_videos(tmp_path, "val", 0, 60, 2)
+    make_videos(tmp_path, "val", 0, 60, 2)
     frames, owner = (np.load(tmp_path / f"{name}.npy") for name in ("frames", "owner"))
-    found = pretrain.mask_quality(load_vision(config, WEIGHTS)[1], config, frames, owner, 60)
+    found = mask_quality(load_vision(config, WEIGHTS)[1], config, frames, owner, 60)
     says = " ".join((ROOT / "README.md").read_text().split())
     pattern = r"SAM finds (\.\d+) of the things on a keyframe \(IoU > \.5, mean IoU (\.\d+)\) with (\.\d+) false masks"
     recall, iou, false = map(float, re.search(pattern, says).groups())

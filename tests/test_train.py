@@ -16,8 +16,10 @@ from conftest import tiny_llm, tiny_tokenizer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import data
 import train
+from data.batches import Batches
+from data.benchmarks import read_samples
+from data.features import FeatureCache, encode_videos
 from vidreason import VideoTransformer, VidReason, VidReasonError, build_sam
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,7 +48,7 @@ def place(config, tmp_path_factory):
     asked += [{"question": "what ?", "answer": "it breaks", "context": "the ball hits the egg"}] * 3
     (folder / "captions.jsonl").write_text("\n".join(map(json.dumps, captions)))
     (folder / "asked.jsonl").write_text("\n".join(map(json.dumps, asked)))
-    data.encode_videos(folder, config, folder / "videos", names, folder / "features")
+    encode_videos(folder, config, folder / "videos", names, folder / "features")
     return folder
 
 
@@ -227,9 +229,9 @@ def test_only_what_a_stage_trains_changes(place, whole, tmp_path, stage):
     settings, cpu = settings_of(place, tmp_path, **given), torch.device("cpu")
     model = train.build(settings, cpu, torch.float32)
     before = {name: p.clone() for name, p in model.named_parameters()}
-    samples = [s for path in settings.data for s in data.read_samples(path)]
-    cache = data.FeatureCache(place / "features")
-    batches = data.Batches(settings, samples, cache, model.tokenizer, model.config.num_queries)
+    samples = [s for path in settings.data for s in read_samples(path)]
+    cache = FeatureCache(place / "features")
+    batches = Batches(settings, samples, cache, model.tokenizer, model.config.num_queries)
     optimizers = train.build_optimizers(model, settings)
     for step in range(2):
         train.train_step(model, optimizers, batches.step(step), settings, cpu)
@@ -267,8 +269,8 @@ def test_the_schedule_warms_up_and_decays_to_zero():
 
 
 def test_every_video_comes_once_per_epoch_on_one_rank_or_on_four(place, tmp_path):
-    settings, cache = settings_of(place, tmp_path, batch=4, micro_batch=1), data.FeatureCache(place / "features")
-    samples = data.read_samples(place / "captions.jsonl")
+    settings, cache = settings_of(place, tmp_path, batch=4, micro_batch=1), FeatureCache(place / "features")
+    samples = read_samples(place / "captions.jsonl")
 
     class Spy(dict):
         def __getitem__(self, name):
@@ -280,7 +282,7 @@ def test_every_video_comes_once_per_epoch_on_one_rank_or_on_four(place, tmp_path
         seen, by_step = [], []
         for step in range(3):
             for rank in range(world):
-                data.Batches(settings, samples, spy, tiny_tokenizer(), 5, rank, world).step(step)
+                Batches(settings, samples, spy, tiny_tokenizer(), 5, rank, world).step(step)
             by_step.append(sorted(seen[-4:]))
         assert sorted(seen) == sorted(cache.videos)
         found.append(by_step)
@@ -288,13 +290,13 @@ def test_every_video_comes_once_per_epoch_on_one_rank_or_on_four(place, tmp_path
 
 
 def test_weights_say_how_often_an_epoch_shows_a_video(place, tmp_path):
-    settings, cache = settings_of(place, tmp_path, batch=1, micro_batch=1), data.FeatureCache(place / "features")
+    settings, cache = settings_of(place, tmp_path, batch=1, micro_batch=1), FeatureCache(place / "features")
     lines = (place / "captions.jsonl").read_text().splitlines()
     often, rarely, seen = tmp_path / "often.jsonl", tmp_path / "rarely.jsonl", Counter()
     often.write_text("\n".join(lines[:4]))
     rarely.write_text("\n".join(lines[4:8]))
-    samples = [s for spec in (f"{often}@2.5", f"{rarely}@0.25") for s in data.read_samples(spec)]
-    batches = data.Batches(settings, samples, cache, tiny_tokenizer(), 5)
+    samples = [s for spec in (f"{often}@2.5", f"{rarely}@0.25") for s in read_samples(spec)]
+    batches = Batches(settings, samples, cache, tiny_tokenizer(), 5)
     assert batches.epoch_length == 11
     for epoch in range(40):
         shown = Counter(batches.videos[i][0] for i in batches.order(epoch))
@@ -303,9 +305,9 @@ def test_weights_say_how_often_an_epoch_shows_a_video(place, tmp_path):
         )
         seen += shown
     assert all(80 <= seen[key] <= 120 if key[1] == 2.5 else 3 <= seen[key] <= 17 for key, _ in batches.videos)
-    weighted = [data.read_samples(f"{path}@3") for path in (often, rarely)]  # equal weights change the length alone
-    plain = data.Batches(settings, [s for s in data.read_samples(often)], cache, tiny_tokenizer(), 5)
-    thrice = data.Batches(settings, weighted[0], cache, tiny_tokenizer(), 5)
+    weighted = [read_samples(f"{path}@3") for path in (often, rarely)]  # equal weights change the length alone
+    plain = Batches(settings, [s for s in read_samples(often)], cache, tiny_tokenizer(), 5)
+    thrice = Batches(settings, weighted[0], cache, tiny_tokenizer(), 5)
     assert sorted(thrice.order(0)) == sorted([*plain.order(0)] * 3)
     assert plain.digest() != thrice.digest()
 

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from toy import world
+from toy import draw, language, world
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def test_what_rests_untouched_never_moves(clips):
         touched = {e.subject for e in clip.events} | {e.object for e in clip.events}
         for i in set(range(len(clip.things))) - touched:
             assert np.ptp(clip.trajectory[:, i], axis=0).max() == 0
-            assert world.motion_of(clip, i) == world.STILL
+            assert language.motion_of(clip, i) == language.STILL
 
 
 def test_nothing_comes_back_from_broken_or_gone(clips):
@@ -79,8 +79,8 @@ def test_speed_only_falls_between_events():
 
 def test_a_clip_is_a_pure_function_of_its_seed_and_streams_are_disjoint():
     a, b, other = (world.make_clip(3, 5, s) for s in ("train", "train", "test"))
-    assert world.caption(a) == world.caption(b) and np.array_equal(world.render(a)[0], world.render(b)[0])
-    assert not np.array_equal(world.render(a)[0], world.render(other)[0])
+    assert language.caption(a) == language.caption(b) and np.array_equal(draw.render(a)[0], draw.render(b)[0])
+    assert not np.array_equal(draw.render(a)[0], draw.render(other)[0])
 
 
 def test_no_training_video_shows_a_held_out_pair(clips, held_out):
@@ -97,7 +97,7 @@ def test_cut_clips_end_before_the_hit_and_the_prediction_comes_true(clips, held_
         later = [e for e in clip.events if e.time >= clip.next_hit.time]
         who, effect = world.outcome(*world.hit_kinds(clip, later[0]))
         assert later[1].type == effect
-        assert world.prediction(clip).split()[-1 if effect != "fall" else -2] == world.FUTURE[effect].split()[1]
+        assert language.prediction(clip).split()[-1 if effect != "fall" else -2] == language.FUTURE[effect].split()[1]
 
 
 def test_noise_blurs_the_launch_and_nothing_else():
@@ -122,7 +122,7 @@ def test_removing_an_onlooker_changes_nothing_and_the_hitter_everything():
 
 def test_render_shows_each_thing_where_it_is(clips):
     for clip in clips[:20]:
-        frames, owner = world.render(clip)
+        frames, owner = draw.render(clip)
         assert frames.shape == (16, 96, 96, 3) and frames.dtype == np.uint8
         for i, thing in enumerate(clip.things):
             ys, xs = np.where(owner[0] == i + 1)
@@ -132,13 +132,13 @@ def test_render_shows_each_thing_where_it_is(clips):
 
 
 def test_answers_pass_their_own_checker_and_wrong_ones_fail(clips):
-    asked = [q for c in clips for q in world.questions(c)]
+    asked = [q for c in clips for q in language.questions(c)]
     for q in asked:
-        assert world.check(q["answer"], q["answer"])
-        assert not world.check("", q["answer"]) and not world.check("i do not know", q["answer"])
+        assert language.check(q["answer"], q["answer"])
+        assert not language.check("", q["answer"]) and not language.check("i do not know", q["answer"])
         for swap in (("red", "blue"), ("left", "right"), ("yes", "no"), ("ball", "box"), ("two", "three")):
             wrong = " ".join(swap[1] if w == swap[0] else w for w in q["answer"].split())
-            assert wrong == q["answer"] or not world.check(wrong, q["answer"])
+            assert wrong == q["answer"] or not language.check(wrong, q["answer"])
 
 
 @pytest.mark.parametrize(
@@ -166,34 +166,34 @@ def test_answers_pass_their_own_checker_and_wrong_ones_fail(clips):
     ],
 )
 def test_checker(given, truth, same):
-    assert world.check(given, truth) is same
+    assert language.check(given, truth) is same
 
 
 def test_outcome_and_pair_checkers():
     truth = "the red pin will hit the blue balloon and the blue balloon will pop"
-    assert world.check_outcome("the green pin will hit the red balloon and the red balloon will pop", truth)
-    assert not world.check_outcome("the red pin will hit the blue balloon and the blue balloon will drift", truth)
-    assert world.names_pair("the red pin will hit the blue balloon and the red pin will stop", truth)
-    assert not world.names_pair("the blue balloon will hit the red pin and the blue balloon will pop", truth)
+    assert language.check_outcome("the green pin will hit the red balloon and the red balloon will pop", truth)
+    assert not language.check_outcome("the red pin will hit the blue balloon and the blue balloon will drift", truth)
+    assert language.names_pair("the red pin will hit the blue balloon and the red pin will stop", truth)
+    assert not language.names_pair("the blue balloon will hit the red pin and the blue balloon will pop", truth)
     like = "the red ball will hit the blue ball and the blue ball will roll"
-    assert not world.check_outcome("the red ball will hit the blue ball and the red ball will roll", like)
-    assert not world.check_outcome("", truth) and not world.names_pair("", truth)
+    assert not language.check_outcome("the red ball will hit the blue ball and the red ball will roll", like)
+    assert not language.check_outcome("", truth) and not language.names_pair("", truth)
 
 
 def test_questions_need_the_video(clips):
     """No type's commonest answer covers more than two thirds of it."""
     answers = {}
     for clip in clips:
-        for q in world.questions(clip):
+        for q in language.questions(clip):
             answers.setdefault(q["type"], []).append(q["answer"])
     for type_, given in answers.items():
         assert max(map(given.count, set(given))) / len(given) < 0.67, type_
 
 
 def test_a_clip_is_written_to_the_same_bytes(tmp_path):
-    frames, files = world.render(world.make_clip(3, 1, "val"))[0], set()
+    frames, files = draw.render(world.make_clip(3, 1, "val"))[0], set()
     for i in range(12):
-        world.write_mp4(tmp_path / "clip.mp4", frames)
+        draw.write_mp4(tmp_path / "clip.mp4", frames)
         files.add((tmp_path / "clip.mp4").read_bytes())
         np.random.default_rng(i).bytes(50_000 * i)  # other memory, other leavings in it
     assert len(files) == 1
@@ -211,6 +211,6 @@ def test_command_writes_clips_that_decode_to_the_truth(tmp_path):
     assert {"id", "video", "question", "answer", "type", "events"} <= records[0].keys()
     for index, name in enumerate(sorted({r["video"] for r in records})):
         frames, times, _ = read_video(tmp_path / name, 4, 4, 96)
-        truth = world.render(world.make_clip(7, index, "train"))[0].transpose(0, 3, 1, 2)
+        truth = draw.render(world.make_clip(7, index, "train"))[0].transpose(0, 3, 1, 2)
         assert np.abs(frames.flatten(0, 1).numpy().astype(int) - truth).mean() < 6
         assert np.allclose(times.flatten(), np.arange(16) / 4, atol=1e-3)

@@ -1,6 +1,6 @@
 """§5.3 of the paper on the toy world: the recipe without each of its parts, retrained and scored.
 
-    python evaluate.py toy --ablations [--seeds 3] [--clips 200] [--processes 2]
+    python -m toy.ablations [--seeds 3] [--clips 200] [--processes 2]
 
 What a part changes is trained again: an LLM once, stages 1 and 2 once per seed. Runs are short (STEPS), so compare a
 row with "full" here, not with the shipped weights, which were trained for longer. Encoder and SAM are the shipped ones
@@ -9,6 +9,7 @@ stand beside the accuracy over all questions only: what a single type shows was 
 runs/ablations; a killed run goes on. The table is printed, and written with a plot to toy/ablations.json and .png.
 """
 
+import argparse
 import json
 import os
 import subprocess
@@ -16,14 +17,17 @@ import sys
 import time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from data import ROOT, TOY_MODEL, encode_videos, write_json
-from evaluate import interval, toy_questions
-from toy import world
-from toy.pretrain import videos_in
+from data.features import encode_videos
+from data.program import ROOT, TOY_MODEL, Parser, guarded, positive, write_json
+from evaluation.score import interval
+from toy import language, world
+from toy.exam import toy_questions
+from toy.videos import videos_in
 from vidreason import VidReasonError, read_config
 
 DATA = ROOT / "runs" / "world" / "train"
@@ -65,7 +69,7 @@ def mentions_held_out_pair(row):
 def write_data(runs):
     """Stage 2's data for the variants that go without a part of it."""
     # both parts of Causal-Vid-Instruct as they are asked, "held-out" being a "predict" about certain pairs
-    synthetic = {question for kind in (*SYNTHETIC, "held-out") for question in world.QUESTIONS[kind]}
+    synthetic = {question for kind in (*SYNTHETIC, "held-out") for question in language.QUESTIONS[kind]}
     samples, texts = ((DATA / name).read_text().splitlines() for name in ("samples.jsonl", "text.jsonl"))
     kept = {
         "no_synthetic_data": [line for line in samples if json.loads(line)["type"] not in SYNTHETIC],
@@ -235,7 +239,31 @@ def ablate(args):
         baseline = baseline or mean
     print_rows(rows)
     told |= {"seeds": args.seeds, "minutes_of_last_run": round((time.time() - began) / 60, 1)}
-    out = args.out or ROOT / "toy" / "ablations.json"
+    out = args.out
     write_json(out, {"settings": told, "variants": rows})
     plot(rows, out.with_suffix(".png"))
     print(f"written: {out}, {out.with_suffix('.png')}")
+
+
+def main():
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=positive, default=3, help="runs of each variant (default 3)")
+    parser.add_argument("--clips", type=positive, default=200, help="a fifth more show held-out pairs (default 200)")
+    parser.add_argument("--seed", type=int, default=0, help="which stream of clips (default 0)")
+    parser.add_argument("--split", choices=["val", "test"], default="test", help="val for choosing (default test)")
+    parser.add_argument("--processes", type=positive, default=os.cpu_count(), help="programs that run side by side")
+    runs = ROOT / "runs" / "ablations"
+    parser.add_argument("--runs", type=Path, default=runs, help="where the runs lie (default runs/ablations)")
+    seen = "folder of Z_vision of the training videos (default runs/features)"
+    parser.add_argument("--features", type=Path, help=seen)
+    out = ROOT / "toy" / "ablations.json"
+    table = "the table as .json; its plot lies beside it as .png (default toy/ablations.json)"
+    parser.add_argument("--out", type=Path, default=out, help=table)
+    args = parser.parse_args()
+    if args.seed < 0:
+        parser.error("--seed must not be negative")
+    ablate(args)
+
+
+if __name__ == "__main__":
+    guarded(main)

@@ -1,0 +1,1 @@
+"""Everything that becomes a batch: records, benchmarks, frozen features, batches, instruction data."""

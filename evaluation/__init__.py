@@ -1,0 +1,1 @@
+"""Everything that becomes a number: replies, choices, scores, words, judges, people."""
