@@ -91,10 +91,15 @@ READER = "PyAV: the picture on screen at each moment, upright, in square pixels"
 RESTARTING = ("mpegts", "mpeg")  # formats whose files people join end to end, each with a clock of its own
 INDEXED = ("mov", "matroska")  # formats that store when each picture is shown, and where decoding may begin
 
-_resize = partial(resize, interpolation=InterpolationMode.BICUBIC, antialias=True)  # pixels that fit stay as they are
 
-
-def read_video(path, num_clips, frames_per_clip, image_size, keyframe_size=512, order=slice(None)):
+def read_video(
+    path: str | Path,
+    num_clips: int,
+    frames_per_clip: int,
+    image_size: int,
+    keyframe_size: int = 512,
+    order: slice | np.ndarray = slice(None),
+) -> tuple[torch.Tensor, torch.Tensor, list[np.ndarray]]:
     """Cut a video into N_t equal spans and take the frames shown at the centres of the F equal parts of each (§3.1.1).
     -> frames uint8 (N_t, F, 3, image_size, image_size); times float32 (N_t, F), seconds since the start at which each
     came on screen; keyframes: the middle frame (index F // 2) of each clip, uint8 array (S, S, 3), S <= keyframe_size.
@@ -105,40 +110,57 @@ def read_video(path, num_clips, frames_per_clip, image_size, keyframe_size=512, 
     or without picture, and for a span in which nothing is shown."""
     path, start, end = split_span(path)
     check_video(path)
-    total = num_clips * frames_per_clip
+    count = num_clips * frames_per_clip
     try:
         timeline = read_timeline(path)
         end = min(end, timeline.end)
         if start >= end:
             raise VidReasonError(f"nothing is shown from {start} to {end} s ({path}): give a span within the video")
-        centres = start + (end - start) * (np.arange(total) + 0.5) / total
+        centres = start + (end - start) * (np.arange(count) + 0.5) / count
         began, pictures = pictures_at(path, timeline, centres, max(image_size, keyframe_size))
     except READ_ERRORS as error:
         raise VidReasonError(f"video is truncated or damaged: {str(error)[:80]} ({path}): get it again") from error
 
     squares = [center_crop(picture, min(picture.shape[1:])) for picture in pictures]
-    positions = np.arange(total)[order].reshape(num_clips, frames_per_clip)
-    frames = torch.stack([_resize(squares[i], [image_size]) for i in positions.flat])
+    shown = np.arange(count)[order].reshape(num_clips, frames_per_clip)
+    frames = torch.stack([resize_square(squares[i], image_size) for i in shown.flat])
+
     keyframes = []
-    for i in positions[:, frames_per_clip // 2]:
+    for i in shown[:, frames_per_clip // 2]:
         side = min(keyframe_size, squares[i].shape[-1])
-        keyframes.append(_resize(squares[i], [side]).permute(1, 2, 0).numpy())
-    times = torch.from_numpy(began - start).float().clip(min=0)  # what a span begins with may have come before it
-    return frames.unflatten(0, positions.shape), times.view(positions.shape), keyframes
+        keyframe = resize_square(squares[i], side)
+        keyframes.append(keyframe.permute(1, 2, 0).numpy())
+
+    seconds = torch.from_numpy(began - start).float()
+    times = seconds.clip(min=0)  # what a span begins with may have come before it
+    return frames.unflatten(0, shown.shape), times.view(shown.shape), keyframes
 
 
-def split_span(path):
+def resize_square(square, side):
+    """uint8 (3, S, S) -> (3, side, side); pixels of that size already stay as they are."""
+    return resize(square, [side], interpolation=InterpolationMode.BICUBIC, antialias=True)
+
+
+def split_span(path: str | Path) -> tuple[str, float, float]:
     """A W3C media fragment, "film.mp4#t=2.5,8" -> ("film.mp4", 2.5, 8.0), in seconds; without one 0 to infinity."""
-    found = re.fullmatch(r"(.+)#t=(\d+\.?\d*)?(?:,(\d+\.?\d*)?)?", str(path))
-    return (found[1], float(found[2] or 0), float(found[3] or "inf")) if found else (str(path), 0.0, float("inf"))
+    fragment = re.fullmatch(r"(.+)#t=(\d+\.?\d*)?(?:,(\d+\.?\d*)?)?", str(path))
+    if fragment is None:
+        return str(path), 0.0, math.inf
+    file, start, end = fragment.groups()
+    return file, float(start or 0), float(end or math.inf)
 
 
-def check_video(path):
+def check_video(path: str | Path) -> None:
     """Raises VidReasonError unless the file holds a video. Looks at its header only."""
     path = Path(split_span(path)[0])
-    if not path.is_file() or path.stat().st_size == 0:
-        what = "video file is empty" if path.is_file() else "video is a directory" if path.is_dir() else "no such video"
-        raise VidReasonError(f"{what} ({path}): give the path of a video file")
+    advice = "give the path of a video file"
+    if path.is_dir():
+        raise VidReasonError(f"video is a directory ({path}): {advice}")
+    if not path.is_file():
+        raise VidReasonError(f"no such video ({path}): {advice}")
+    if path.stat().st_size == 0:
+        raise VidReasonError(f"video file is empty ({path}): {advice}")
+
     try:
         with av.open(str(path)) as container:
             has_picture = picture_stream(container) is not None
@@ -153,14 +175,18 @@ def picture_stream(container):
     if container.format.name == "tty":  # FFmpeg takes any *.txt for a recorded terminal
         return None
     cover = av.stream.Disposition.attached_pic  # the picture on an album is no video
-    default = av.stream.Disposition.default
     streams = [stream for stream in container.streams.video if not stream.disposition & cover]
-    ranks = [(bool(stream.disposition & default), stream.width * stream.height) for stream in streams]
     if not streams:
         return None
-    stream = streams[ranks.index(max(ranks))]
-    stream.codec_context.thread_count = 1  # programs that read many films have a process for each core
-    return stream
+    chosen = max(streams, key=rank_of_stream)
+    chosen.codec_context.thread_count = 1  # programs that read many films have a process for each core
+    return chosen
+
+
+def rank_of_stream(stream):
+    """What the stream that players show is largest in."""
+    is_default = bool(stream.disposition & av.stream.Disposition.default)
+    return is_default, stream.width * stream.height
 
 
 def demux(container, stream):
@@ -173,17 +199,53 @@ def demux(container, stream):
         if packet.size == 0 and packet.dts is not None:
             continue  # a picture left out: the one before it stays
         if restarts and packet.dts is not None:
-            jump = 0 if expected is None else float((packet.dts + offset - expected) * stream.time_base)
-            if jump < -0.1 or jump > 10:  # seconds; FFmpeg's own limits
-                offset = expected - packet.dts
+            if expected is not None:
+                ahead = packet.dts + offset - expected
+                seconds = float(ahead * stream.time_base)
+                if seconds < -0.1 or seconds > 10:  # FFmpeg's own limits
+                    offset = expected - packet.dts
             packet.dts += offset
-            packet.pts = None if packet.pts is None else packet.pts + offset
+            if packet.pts is not None:
+                packet.pts += offset
             expected = packet.dts + (packet.duration or 0)
         yield packet
 
 
+class Header(NamedTuple):
+    """What a container says of its pictures as a whole."""
+
+    count: int  # how many there are; 0: it does not say
+    rate: float  # pictures per second
+    tick: float  # seconds of one unit of its time stamps
+    says_when_shown: bool  # of each picture
+    has_index: bool  # of the places at which decoding may begin
+
+
+def read_header(container, stream):
+    """-> Header, before anything is read of the stream."""
+    return Header(
+        count=stream.frames,
+        rate=float(stream.average_rate or 25),
+        tick=float(stream.time_base),
+        says_when_shown=says_when_shown(container, stream),
+        has_index=container.format.name.startswith(INDEXED),
+    )
+
+
+def says_when_shown(container, stream):
+    """Whether a container says of each picture when it is shown. AVI and ASF say when it is decoded, another time where
+    there are B-frames; so does Matroska of a stream that it holds as an AVI would, which bears a codec tag. A program
+    stream says it of the first picture in a packet only."""
+    name = container.format.name
+    if name in ("avi", "asf", "mpeg"):
+        return False
+    codec_tag = stream.codec_context.codec_tag.strip("\0")
+    return not (name.startswith("matroska") and codec_tag)
+
+
 class CodedPicture(NamedTuple):
     """What a container tells of one picture; its time stamps are in ticks, or None."""
+
     shown_at: int | None
     decoded_at: int | None
     duration: int
@@ -191,9 +253,16 @@ class CodedPicture(NamedTuple):
     is_hidden: bool  # by an edit list
 
 
+def coded_picture(packet):
+    """A packet of PyAV -> CodedPicture."""
+    duration = packet.duration or 0
+    return CodedPicture(packet.pts, packet.dts, duration, packet.is_keyframe, packet.is_discard)
+
+
 @dataclass
 class Timeline:
     """When the pictures of a film come on screen, in seconds since the first one."""
+
     starts: np.ndarray  # of every picture, ascending
     end: float  # when the last one goes
     zero: int  # time stamp of the first one, in ticks
@@ -202,56 +271,63 @@ class Timeline:
     keyframes: np.ndarray  # seconds at which decoding may begin, ascending; empty: at the start of the file only
 
 
-def read_timeline(path):
+def read_timeline(path: str | Path) -> Timeline:
     """The timeline by the packets of a file, none of which is decoded. Raises OSError if many of them are missing."""
-    pictures = []
     with av.open(path) as container:
         stream = picture_stream(container)
-        promised, rate, tick = stream.frames, float(stream.average_rate or 25), float(stream.time_base)
-        counted = not stores_presentation_times(container, stream)
-        indexed = container.format.name.startswith(INDEXED)
-        for packet in demux(container, stream):
-            if packet.size:
-                known = packet.pts, packet.dts, packet.duration or 0, packet.is_keyframe, packet.is_discard
-                pictures.append(CodedPicture(*known))
+        header = read_header(container, stream)
+        pictures = [coded_picture(packet) for packet in demux(container, stream) if packet.size]
     if not pictures:
         raise OSError("no picture is there")
+    check_complete(pictures, header)
+    return timeline_of(pictures, header)
 
-    # A header may be off by a few pictures, and an AVI's counts those that are left out; a broken download lacks many.
-    decoded_at = [picture.decoded_at for picture in pictures if picture.decoded_at is not None] or [0]
-    there = max(len(pictures), (max(decoded_at) - min(decoded_at)) * tick * rate)
-    if there < 0.9 * promised:
-        raise OSError(f"only {len(pictures)} of {promised} frames are there")
 
-    shown = [picture for picture in pictures if not picture.is_hidden] or pictures
-    counted = counted or any(picture.shown_at is None for picture in shown)
-    stamps = [picture.decoded_at if counted else picture.shown_at for picture in shown]
-    step = 1 / (rate * tick)
+def check_complete(pictures, header):
+    """A header may be off by a few pictures, and an AVI's counts those that are left out; a broken download lacks
+    many."""
+    decoded_at = [picture.decoded_at for picture in pictures if picture.decoded_at is not None]
+    span = 0
+    if decoded_at:
+        span = max(decoded_at) - min(decoded_at)
+    there = max(len(pictures), span * header.tick * header.rate)
+    if there < 0.9 * header.count:
+        raise OSError(f"only {len(pictures)} of {header.count} frames are there")
+
+
+def timeline_of(pictures, header):
+    """-> Timeline of all CodedPictures of a file that are shown."""
+    shown = [picture for picture in pictures if not picture.is_hidden]
+    shown = shown or pictures
+    stamps = [picture.shown_at for picture in shown]
+    counted = not header.says_when_shown or None in stamps
+    if counted:
+        stamps = [picture.decoded_at for picture in shown]
+    step = 1 / (header.rate * header.tick)  # ticks from one picture to the next
     if None in stamps:
         stamps = [step * i for i in range(len(shown))]
-    last = shown[stamps.index(max(stamps))]
-    keys = [picture.shown_at for picture in shown if picture.is_key and indexed and not counted]
-
     zero = min(stamps)
-    starts = (np.sort(stamps) - zero) * tick
-    usual = np.median(np.diff(starts)) if len(starts) > 1 else step * tick
-    end = starts[-1] + (last.duration * tick or usual)
-    return Timeline(starts, float(end), zero, tick, counted, (np.sort(keys) - zero) * tick)
+    starts = (np.sort(stamps) - zero) * header.tick
 
+    last = shown[stamps.index(max(stamps))]
+    lasts = last.duration * header.tick
+    if not lasts:
+        lasts = np.median(np.diff(starts)) if len(starts) > 1 else step * header.tick
 
-def stores_presentation_times(container, stream):
-    """Whether a container says of each picture when it is shown. AVI and ASF say when it is decoded, another time where
-    there are B-frames; so does Matroska of a stream that it holds as an AVI would, which bears a codec tag. A program
-    stream says it of the first picture in a packet only."""
-    wrapped = container.format.name.startswith("matroska") and stream.codec_context.codec_tag.strip("\0")
-    return container.format.name not in ("avi", "asf", "mpeg") and not wrapped
+    keys = []
+    if header.has_index and not counted:
+        keys = [picture.shown_at for picture in shown if picture.is_key]
+    keyframes = (np.sort(keys) - zero) * header.tick
+    return Timeline(starts, float(starts[-1] + lasts), zero, header.tick, counted, keyframes)
 
 
 class OutOfStep(OSError):
     """What comes out of the decoder contradicts the timeline."""
 
 
-def pictures_at(path, timeline, seconds, side):
+def pictures_at(
+    path: str | Path, timeline: Timeline, seconds: np.ndarray, side: int
+) -> tuple[np.ndarray, list[torch.Tensor]]:
     """The pictures on screen at some seconds, ascending. -> (when each of them began, float array; the pictures, list
     of uint8 tensors (3, H, W), upright, whose short side is at most `side`). Where the container has a table of
     keyframes, jumps between them and decodes only what it must; if what comes is not what the container announced,
@@ -270,85 +346,131 @@ def pictures_at(path, timeline, seconds, side):
 def watch(path, timeline, seconds, side):
     """pictures_at in one pass. Raises OutOfStep where the film does not keep to the timeline."""
     began, pictures = [], []
-    expected = timeline.starts[np.searchsorted(timeline.starts, seconds, side="right") - 1]
-    sparse = len(timeline.keyframes) > 0
-    wanted = {timeline.zero + round(start / timeline.tick) for start in expected} if sparse else None
+    announced = timeline.starts[np.searchsorted(timeline.starts, seconds, side="right") - 1]
     with av.open(path) as container:
-        stream = picture_stream(container)
-        aspect = float(stream.sample_aspect_ratio or 1)
-        played = play(container, stream, timeline, wanted)
-        shown, coming, picture = next(played, None), next(played, None), None
-        if shown is None:
-            raise OSError("no frame can be decoded")
-        # asked once: a frame that was asked for its side data stays in memory until Python looks for cycles
-        matrix = shown.frame.side_data.get("DISPLAYMATRIX")
-        matrix = None if matrix is None else np.frombuffer(matrix, np.int32).tolist()
-        for now, start in zip(seconds, expected, strict=True):
-            passed = timeline.keyframes[timeline.keyframes <= now]
-            if coming and len(passed) and coming.start < passed[-1]:
-                played = jump(container, stream, timeline, wanted, passed[-1])
-                shown, coming, picture = next(played), next(played, None), None
-            while coming and coming.start <= now:
-                shown, coming, picture = coming, None, None
-                if shown.start == start:  # at once: a frame of an 8K film holds 50 MB while the next is decoded
-                    picture = to_picture(shown.frame, aspect, matrix, side)
-                    shown = Shown(start, None)
-                coming = next(played, None)
-            if sparse and shown.start != start:
-                raise OutOfStep("another picture than the container announced")
-            if picture is None:
-                picture = to_picture(shown.frame, aspect, matrix, side)
-            began.append(shown.start)
-            pictures.append(picture)
+        player = Player(container, timeline, announced, side)
+        for now, start in zip(seconds, announced, strict=True):
+            pictures.append(player.picture_at(now, start))
+            began.append(player.shown.start)
         if timeline.counted:
-            deque(played, maxlen=0)  # whether the count was right is known at the end of the film
+            deque(player.coming_pictures, maxlen=0)  # whether the count was right is known at the end of the film
     return np.array(began), pictures
 
 
 class Shown(NamedTuple):
     """A decoded frame and the second at which it comes on screen."""
+
     start: float
     frame: av.VideoFrame | None  # None: its picture has been made
 
 
-def play(container, stream, timeline, wanted=None):
-    """Yields the frames from where the container stands, in the order in which they are shown."""
-    number, last = 0, -math.inf
-    for frame in decode(container, stream, wanted):
-        if timeline.counted:
-            if number == len(timeline.starts):
-                raise OutOfStep("more pictures than packets")
-            start = timeline.starts[number]
-            number += 1
-        else:
-            if frame.pts is None:
-                raise OutOfStep("a picture without time stamp")
-            start = (frame.pts - timeline.zero) * timeline.tick
-            if start <= last:
-                raise OutOfStep("time goes back")
-            last = start
+class Player:
+    """Plays a film forwards, jumping over what nobody wants to see where the container has an index.
+
+    wanted: seconds at which the pictures that will be asked for begin. side: of pictures, see to_picture.
+    """
+
+    def __init__(self, container, timeline, wanted, side):
+        self.container = container
+        self.stream = picture_stream(container)
+        self.timeline = timeline
+        self.jumps = len(timeline.keyframes) > 0
+        self.wanted_stamps = None
+        if self.jumps:
+            self.wanted_stamps = {timeline.zero + round(start / timeline.tick) for start in wanted}
+
+        self.begin(self.play())
+        if self.shown is None:
+            raise OSError("no frame can be decoded")
+        self.side = side
+        self.aspect = float(self.stream.sample_aspect_ratio or 1)
+        # asked once: a frame that was asked for its side data stays in memory until Python looks for cycles
+        matrix = self.shown.frame.side_data.get("DISPLAYMATRIX")
+        self.matrix = None if matrix is None else np.frombuffer(matrix, np.int32).tolist()
+
+    def begin(self, pictures):
+        """Show the first of `pictures`, an iterator of Shown."""
+        self.coming_pictures = pictures
+        self.shown = next(pictures, None)
+        self.coming = next(pictures, None)
+        self.picture = None
+
+    def picture_at(self, now, announced):
+        """-> the picture on screen `now`, a second after those asked before. `announced`: when it should have begun."""
+        keyframes = self.timeline.keyframes
+        passed = keyframes[keyframes <= now]
+        if self.coming and len(passed) and self.coming.start < passed[-1]:
+            self.begin(self.jump(passed[-1]))
+
+        while self.coming and self.coming.start <= now:
+            self.shown = self.coming
+            self.coming = self.picture = None
+            if self.shown.start == announced:
+                self.make_picture()  # at once: a frame of an 8K film holds 50 MB while the next is decoded
+            self.coming = next(self.coming_pictures, None)
+
+        if self.jumps and self.shown.start != announced:
+            raise OutOfStep("another picture than the container announced")
+        if self.picture is None:
+            self.make_picture()
+        return self.picture
+
+    def make_picture(self):
+        """Turn the frame on screen into `picture`, and let go of it."""
+        self.picture = to_picture(self.shown.frame, self.aspect, self.matrix, self.side)
+        self.shown = Shown(self.shown.start, None)
+
+    def play(self):
+        """-> iterator of Shown, from where the container stands."""
+        frames = decode(self.container, self.stream, self.wanted_stamps)
+        if self.timeline.counted:
+            return play_by_count(frames, self.timeline)
+        return play_by_stamp(frames, self.timeline)
+
+    def jump(self, keyframe):
+        """Play from `keyframe` seconds on. Pictures before that lean on others that were jumped over."""
+        stamp = self.timeline.zero + round(keyframe / self.timeline.tick)
+        self.container.seek(stamp, stream=self.stream)
+        pictures = itertools.dropwhile(lambda shown: shown.start < keyframe, self.play())
+        first = next(pictures, None)
+        if first is None or first.start != keyframe:
+            raise OutOfStep("a jump did not lead to its keyframe")
+        return itertools.chain([first], pictures)
+
+
+def play_by_stamp(frames, timeline):
+    """Yields frames as Shown, each when its own time stamp says."""
+    last = -math.inf
+    for frame in frames:
+        if frame.pts is None:
+            raise OutOfStep("a picture without time stamp")
+        start = (frame.pts - timeline.zero) * timeline.tick
+        if start <= last:
+            raise OutOfStep("time goes back")
+        last = start
         yield Shown(start, frame)
-        del frame  # so that it is free, too
-    if timeline.counted and number < len(timeline.starts):
+        del frame  # so that it is free while the next is decoded
+
+
+def play_by_count(frames, timeline):
+    """Yields frames as Shown, the i-th when the timeline says."""
+    count = 0
+    for frame in frames:
+        if count == len(timeline.starts):
+            raise OutOfStep("more pictures than packets")
+        yield Shown(timeline.starts[count], frame)
+        del frame
+        count += 1
+    if count < len(timeline.starts):
         raise OutOfStep("fewer pictures than packets")
 
 
-def jump(container, stream, timeline, wanted, keyframe):
-    """The same from `keyframe` seconds on. Pictures before that lean on others that were jumped over."""
-    container.seek(timeline.zero + round(keyframe / timeline.tick), stream=stream)
-    played = itertools.dropwhile(lambda shown: shown.start < keyframe, play(container, stream, timeline, wanted))
-    first = next(played, None)
-    if first is None or first.start != keyframe:
-        raise OutOfStep("a jump did not lead to its keyframe")
-    return itertools.chain([first], played)
-
-
-def decode(container, stream, wanted=None):
-    """Yields the frames of a stream, or without some that no other leans on if their time stamp is not `wanted`.
+def decode(container, stream, wanted_stamps=None):
+    """Yields the frames of a stream, or without some that no other leans on if their time stamp is not wanted.
     What cannot be decoded is left out, as by players: the picture before stays."""
     for packet in demux(container, stream):
-        if wanted is not None:
-            stream.codec_context.skip_frame = "DEFAULT" if packet.pts in wanted else "NONREF"
+        if wanted_stamps is not None:
+            stream.codec_context.skip_frame = "DEFAULT" if packet.pts in wanted_stamps else "NONREF"
         with suppress(av.InvalidDataError):
             yield from packet.decode()
 
@@ -367,8 +489,9 @@ def count_pictures(path, timeline):
 def to_picture(frame, aspect, matrix, side):
     """A decoded frame as it is displayed -> uint8 tensor (3, H, W), its short side shrunk to `side` if it is longer.
     aspect: width / height of a pixel. matrix: how the track is turned (see turn), or None."""
-    shrink = min(1.0, side / min(frame.width * aspect, frame.height))
-    width, height = round(frame.width * aspect * shrink), round(frame.height * shrink)
+    full_width = frame.width * aspect
+    shrink = min(1.0, side / min(full_width, frame.height))
+    width, height = round(full_width * shrink), round(frame.height * shrink)
     picture = frame.reformat(width, height, "rgb24", interpolation="BICUBIC").to_ndarray()
     if matrix is not None:
         picture = turn(picture, matrix)
@@ -382,109 +505,177 @@ def turn(picture, matrix):
     if abs(b) > abs(a):  # a quarter turn: rows become columns
         picture = picture.transpose(1, 0, 2)
         down, right = b, c
-    return picture[:: -1 if down < 0 else 1, :: -1 if right < 0 else 1]
+    if down < 0:
+        picture = picture[::-1]
+    if right < 0:
+        picture = picture[:, ::-1]
+    return picture
 
 
 # ------------------------------------------------------------------------------------ Eq. 1: the video transformer
 class EncoderBlock(nn.Module):
     """Pre-norm transformer block with CLIP's QuickGELU; its parameter names are those of the ViCLIP checkpoints."""
-    def __init__(self, width, heads):
+
+    def __init__(self, width: int, heads: int):
         super().__init__()
         self.attn = nn.MultiheadAttention(width, heads, batch_first=True)
         self.ln_1 = nn.LayerNorm(width)
-        self.mlp = nn.ModuleDict({"c_fc": nn.Linear(width, 4 * width), "c_proj": nn.Linear(4 * width, width)})
+        widen, narrow = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.mlp = nn.ModuleDict({"c_fc": widen, "c_proj": narrow})
         self.ln_2 = nn.LayerNorm(width)
 
     def forward(self, x):
         y = self.ln_1(x)
         x = x + self.attn(y, y, y, need_weights=False)[0]
         y = self.mlp["c_fc"](self.ln_2(x))
-        return x + self.mlp["c_proj"](y * torch.sigmoid(1.702 * y))
+        y = y * torch.sigmoid(1.702 * y)  # QuickGELU
+        return x + self.mlp["c_proj"](y)
 
 
 class VideoTransformer(nn.Module):
     """VideoTransformer(.) of Eq. 1: joint space-time attention over the patches of one clip and one [CLS] token.
     It is the vision tower of ViCLIP (InternVideo, OpenGVLab): same parameter names and arithmetic, so upstream weights
     load as they are. Two things are ours and off by default: tubelet > 1 and frame_difference > 0 (see Config)."""
-    def __init__(self, config):
+
+    def __init__(self, config: Config):
         super().__init__()
-        width, tubelet, patch = config.encoder_width, config.tubelet, config.patch_size
-        self.tubelet, self.frame_difference = tubelet, config.frame_difference
-        self.conv1 = nn.Conv3d(3, width, (tubelet, patch, patch), (tubelet, patch, patch), bias=False)
-        positions = 1 + (config.image_size // patch) ** 2
-        self.class_embedding = nn.Parameter(width**-0.5 * torch.randn(width))
-        self.positional_embedding = nn.Parameter(width**-0.5 * torch.randn(positions, width))
-        self.temporal_positional_embedding = nn.Parameter(torch.zeros(1, config.frames_per_clip // tubelet, width))
+        width, patch = config.encoder_width, config.patch_size
+        self.tubelet = config.tubelet
+        self.frame_difference = config.frame_difference
+        block = (config.tubelet, patch, patch)
+        self.conv1 = nn.Conv3d(3, width, kernel_size=block, stride=block, bias=False)
+
+        patches = (config.image_size // patch) ** 2
+        steps = config.frames_per_clip // config.tubelet
+        scale = width**-0.5
+        self.class_embedding = nn.Parameter(scale * torch.randn(width))
+        self.positional_embedding = nn.Parameter(scale * torch.randn(1 + patches, width))
+        self.temporal_positional_embedding = nn.Parameter(torch.zeros(1, steps, width))
+
         self.ln_pre = nn.LayerNorm(width)
         blocks = [EncoderBlock(width, config.encoder_heads) for _ in range(config.encoder_layers)]
         self.transformer = nn.ModuleDict({"resblocks": nn.ModuleList(blocks)})
         self.ln_post = nn.LayerNorm(width)
-        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), persistent=False)
 
-    def forward(self, clips):
+        mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])  # of ImageNet's pixels
+        self.register_buffer("mean", mean.view(3, 1, 1), persistent=False)
+        self.register_buffer("std", std.view(3, 1, 1), persistent=False)
+
+    def forward(self, clips: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """clips (B, F, 3, H, W) float in [0, 1] -> cls (B, D_v), patches (B, F // tubelet, P, D_v), row by row."""
         x = (clips - self.mean) / self.std
         if self.frame_difference > 0:
-            a, b = x[:, 0::2], x[:, 1::2]
-            x = torch.stack([(a + b) / 2, (b - a) * self.frame_difference], dim=2).flatten(1, 2)  # (B, F, 3, H, W)
-        x = self.conv1(x.transpose(1, 2)).flatten(3).permute(0, 2, 3, 1)  # (B, F // tubelet, P, D_v)
-        x = x + self.positional_embedding[1:] + self.temporal_positional_embedding[:, :, None]
-        cls = (self.class_embedding + self.positional_embedding[0]).expand(len(x), 1, -1)
+            x = self.show_motion(x)
+        x = self.conv1(x.transpose(1, 2))  # (B, D_v, F // tubelet, rows, columns)
+        x = x.flatten(3).permute(0, 2, 3, 1)  # (B, F // tubelet, P, D_v)
+        x = x + self.positional_embedding[1:]
+        x = x + self.temporal_positional_embedding[:, :, None]
+
+        cls = self.class_embedding + self.positional_embedding[0]
+        cls = cls.expand(len(x), 1, -1)
         x = self.ln_pre(torch.cat([cls, x.flatten(1, 2)], dim=1))
         for block in self.transformer["resblocks"]:
             x = block(x)
         x = self.ln_post(x)
-        return x[:, 0], x[:, 1:].unflatten(1, (-1, len(self.positional_embedding) - 1))
+
+        patches_per_frame = len(self.positional_embedding) - 1
+        return x[:, 0], x[:, 1:].unflatten(1, (-1, patches_per_frame))
+
+    def show_motion(self, x):
+        """Each pair of frames (a, b) becomes its mean and its scaled difference: (B, F, 3, H, W) of the same shape."""
+        a, b = x[:, 0::2], x[:, 1::2]
+        difference = (b - a) * self.frame_difference
+        return torch.stack([(a + b) / 2, difference], dim=2).flatten(1, 2)
 
 
 # ----------------------------------------------------------------------------- §3.1.2: masks, Eq. 2: object tokens
-def build_sam(config):
+def build_sam(config: Config) -> Sam:
     """Segment Anything: "vit_b", "vit_l", "vit_h" as published, or "toy", 0.45 M parameters of the same classes."""
     if config.sam in ("vit_b", "vit_l", "vit_h"):
         return sam_model_registry[config.sam]()
     if config.sam != "toy":
         raise VidReasonError(f"unknown SAM '{config.sam}' (config.sam): choose toy, vit_b, vit_l or vit_h")
     side, patch, width = 96, 8, 48
+    grid = side // patch
     encoder = ImageEncoderViT(
-        img_size=side, patch_size=patch, embed_dim=96, depth=3, num_heads=4, mlp_ratio=3, out_chans=width,
-        norm_layer=partial(nn.LayerNorm, eps=1e-6), use_rel_pos=True, window_size=0,
-    )  # fmt: skip
-    prompts = PromptEncoder(width, (side // patch, side // patch), (side, side), mask_in_chans=16)
+        img_size=side,
+        patch_size=patch,
+        embed_dim=96,
+        depth=3,
+        num_heads=4,
+        mlp_ratio=3,
+        out_chans=width,
+        norm_layer=partial(nn.LayerNorm, eps=1e-6),
+        use_rel_pos=True,
+        window_size=0,
+    )
+    prompts = PromptEncoder(width, (grid, grid), (side, side), mask_in_chans=16)
     mixer = TwoWayTransformer(depth=2, embedding_dim=width, mlp_dim=192, num_heads=4)
-    decoder = MaskDecoder(transformer_dim=width, transformer=mixer, iou_head_depth=2, iou_head_hidden_dim=width)
+    decoder = MaskDecoder(
+        transformer_dim=width,
+        transformer=mixer,
+        iou_head_depth=2,
+        iou_head_hidden_dim=width,
+    )
     return Sam(encoder, prompts, decoder).eval()
 
 
 mask_generator = lru_cache(maxsize=2)(SamAutomaticMaskGenerator)  # one per SAM, not one per frame
 
 
-def segment(keyframe, sam, config):
+def segment(keyframe: np.ndarray, sam: Sam, config: Config) -> torch.Tensor:
     """Grid-prompted masks of one keyframe (§3.1.2): the K best by stability x predicted IoU, the larger first on ties.
     keyframe uint8 array (H, W, 3) RGB -> masks bool (K', H, W) on the CPU, 0 <= K' <= K; a flat picture has none."""
-    thresholds = {"pred_iou_thresh": config.sam_iou_threshold, "stability_score_thresh": config.sam_stability_threshold}
-    generate = mask_generator(sam, config.points_per_side, **thresholds).generate
-    found = [mask for mask in generate(keyframe) if mask["area"] > 0] if config.masks_per_keyframe else []
-    found.sort(key=lambda mask: (-mask["stability_score"] * mask["predicted_iou"], -mask["area"]))
-    best = [torch.from_numpy(mask["segmentation"]) for mask in found[: config.masks_per_keyframe]]
-    return torch.stack(best) if best else torch.zeros(0, *keyframe.shape[:2], dtype=torch.bool)
+    if config.masks_per_keyframe == 0:
+        return torch.zeros(0, *keyframe.shape[:2], dtype=torch.bool)
+    generator = mask_generator(
+        sam,
+        config.points_per_side,
+        pred_iou_thresh=config.sam_iou_threshold,
+        stability_score_thresh=config.sam_stability_threshold,
+    )
+    answers = [answer for answer in generator.generate(keyframe) if answer["area"] > 0]
+    answers.sort(key=worst_last)
+    best = [torch.from_numpy(answer["segmentation"]) for answer in answers[: config.masks_per_keyframe]]
+    if not best:
+        return torch.zeros(0, *keyframe.shape[:2], dtype=torch.bool)
+    return torch.stack(best)
 
 
-def mask_pool(patches, masks):
+def worst_last(answer):
+    """The place of one of SAM's answers in their order."""
+    quality = answer["stability_score"] * answer["predicted_iou"]
+    return -quality, -answer["area"]
+
+
+def mask_pool(patches: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
     """Eq. 2: z_obj = 1/|M| sum over pixels p in M of PatchEmbed(p), for every mask at once.
     Pixels of one patch share its embedding, so the sum is (pixels of M in each patch / |M|) @ patches: one matmul, the
     same number. patches (P, D_v) of a square grid, masks bool (K, H, W) -> (K, D_v). An empty mask gives zeros."""
     grid = int(len(patches) ** 0.5)
     masks = masks.to(patches)
-    patch_of = lambda n: F.one_hot(((torch.arange(n) + 0.5) * grid / n).long(), grid).to(patches)
-    rows, columns = map(patch_of, masks.shape[1:])  # one-hot (pixels, grid): which patch holds a pixel's centre
-    counts = rows.T @ masks @ columns  # (K, grid, grid)
+    _, height, width = masks.shape
+    rows = patch_of_pixel(height, grid).to(patches)
+    columns = patch_of_pixel(width, grid).to(patches)
+    counts = rows.T @ masks @ columns  # (K, grid, grid): pixels of each mask in each patch
     area = masks.sum((1, 2)).clamp(min=1)
     return (counts.flatten(1) / area[:, None]) @ patches
 
 
+def patch_of_pixel(pixels, grid):
+    """One-hot (pixels, grid): which of `grid` patches along one side holds the centre of each pixel."""
+    centres = torch.arange(pixels) + 0.5
+    return F.one_hot((centres * grid / pixels).long(), grid)
+
+
 # -------------------------------------------------------------------------- §3.2: the fusion core, Eq. 3 and Eq. 4
-def attention(Q, K, V, key_mask=None, return_weights=False):
+def attention(
+    Q: torch.Tensor,
+    K: torch.Tensor,
+    V: torch.Tensor,
+    key_mask: torch.Tensor | None = None,
+    return_weights: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Eq. 3: softmax(Q K^T / sqrt(d_k)) V.
     Q (B, h, N_q, d_k), K and V (B, h, N, d_k), key_mask bool (B, N), True where a key is real -> (B, h, N_q, d_k), and
     with return_weights also the softmax (B, h, N_q, N). The mask is boolean on purpose: with no real key the answer is
@@ -493,11 +684,13 @@ def attention(Q, K, V, key_mask=None, return_weights=False):
     if not return_weights:
         return F.scaled_dot_product_attention(Q, K, V, attn_mask=mask)
     scores = Q @ K.transpose(-2, -1) / Q.shape[-1] ** 0.5
-    weights = (scores if mask is None else scores.masked_fill(~mask, float("-inf"))).softmax(dim=-1).nan_to_num()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    weights = scores.softmax(dim=-1).nan_to_num()  # no real key: 0 / 0
     return weights @ V, weights
 
 
-def time_embedding(seconds, width):
+def time_embedding(seconds: torch.Tensor, width: int) -> torch.Tensor:
     """Sines and cosines of a time at periods from 1 second to 10 minutes: seconds (B, N) -> (B, N, width)."""
     periods = torch.logspace(0, 1, width // 2, base=600, device=seconds.device)
     angles = 2 * torch.pi * seconds[..., None].float() / periods
@@ -506,57 +699,100 @@ def time_embedding(seconds, width):
 
 class FusionLayer(nn.Module):
     """Self-attention among the queries, cross-attention to Z_vision, feed-forward: pre-norm and residual, each."""
-    def __init__(self, width, heads):
+
+    def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.norm_self, self.norm_cross, self.norm_ffn = nn.LayerNorm(width), nn.LayerNorm(width), nn.LayerNorm(width)
-        self.self_qkv, self.self_out, self.cross_out = (nn.Linear(width, n * width) for n in (3, 1, 1))
-        self.W_Q, self.W_K, self.W_V = nn.Linear(width, width), nn.Linear(width, width), nn.Linear(width, width)
+        self.norm_self = nn.LayerNorm(width)
+        self.norm_cross = nn.LayerNorm(width)
+        self.norm_ffn = nn.LayerNorm(width)
+
+        self.self_qkv = nn.Linear(width, 3 * width)
+        self.self_out = nn.Linear(width, width)
+        self.cross_out = nn.Linear(width, width)
+        self.W_Q = nn.Linear(width, width)
+        self.W_K = nn.Linear(width, width)
+        self.W_V = nn.Linear(width, width)
         self.ffn = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def forward(self, queries, z_vision, key_mask, return_weights=False):
         """queries (B, N_q, D_q), z_vision (B, N_v, D_q), key_mask (B, N_v) -> queries, weights (B, h, N_q, N_v)."""
-        Q, K, V = map(self._split, self.self_qkv(self.norm_self(queries)).chunk(3, dim=-1))
-        queries = queries + self.self_out(attention(Q, K, V).transpose(1, 2).flatten(2))
-        Q = self._split(self.W_Q(self.norm_cross(queries)))
-        K, V = self._split(self.W_K(z_vision)), self._split(self.W_V(z_vision))
-        seen = attention(Q, K, V, key_mask, return_weights)
-        seen, weights = seen if return_weights else (seen, None)
-        queries = queries + self.cross_out(seen.transpose(1, 2).flatten(2))
+        Q, K, V = self.self_qkv(self.norm_self(queries)).chunk(3, dim=-1)
+        mixed = attention(self.split_heads(Q), self.split_heads(K), self.split_heads(V))
+        queries = queries + self.self_out(self.join_heads(mixed))
+
+        Q = self.split_heads(self.W_Q(self.norm_cross(queries)))
+        K = self.split_heads(self.W_K(z_vision))
+        V = self.split_heads(self.W_V(z_vision))
+        weights = None
+        if return_weights:
+            seen, weights = attention(Q, K, V, key_mask, return_weights=True)
+        else:
+            seen = attention(Q, K, V, key_mask)
+        queries = queries + self.cross_out(self.join_heads(seen))
+
         return queries + self.ffn(self.norm_ffn(queries)), weights
 
-    def _split(self, x):
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, N, D_q) -> (B, h, N, d_k)
+    def split_heads(self, x):
+        """(B, N, D_q) -> (B, h, N, d_k)"""
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def join_heads(self, x):
+        """(B, h, N, d_k) -> (B, N, D_q)"""
+        return x.transpose(1, 2).flatten(2)
 
 
 class FusionCore(nn.Module):
     """§3.2: N_q learnable queries distil Z_vision, of any length, into N_q tokens in the LLM's embedding space.
     output_scale: standard deviation of E_vision at the start; that of the LLM's word embeddings suits a frozen LLM."""
-    def __init__(self, config, llm_width, output_scale=0.02):
+
+    def __init__(self, config: Config, llm_width: int, output_scale: float = 0.02):
         super().__init__()
         width = config.fusion_width
+        # wide apart: with the customary 0.02 what all layers add drowns the difference, and two queries leave an
+        # untrained core with a mean cosine of .996; with 0.5 it is .44 (toy; the paper's sizes .998 and .67)
         self.queries = nn.Parameter(0.5 * torch.randn(config.num_queries, width))
-        self.norm_in, self.proj_in = nn.LayerNorm(config.encoder_width), nn.Linear(config.encoder_width, width)
-        self.layers = nn.ModuleList(FusionLayer(width, config.fusion_heads) for _ in range(config.fusion_layers))
-        self.norm_out, self.linear_proj = nn.LayerNorm(width), nn.Linear(width, llm_width)
+        self.norm_in = nn.LayerNorm(config.encoder_width)
+        self.proj_in = nn.Linear(config.encoder_width, width)
+        layers = [FusionLayer(width, config.fusion_heads) for _ in range(config.fusion_layers)]
+        self.layers = nn.ModuleList(layers)
+        self.norm_out = nn.LayerNorm(width)
+        self.linear_proj = nn.Linear(width, llm_width)
         nn.init.normal_(self.linear_proj.weight, std=output_scale / width**0.5)  # its input has unit variance
         nn.init.zeros_(self.linear_proj.bias)
         self.time_embedding = config.time_embedding
 
-    def forward(self, z_vision, times, key_mask, return_weights=False):
+    def forward(
+        self,
+        z_vision: torch.Tensor,
+        times: torch.Tensor,
+        key_mask: torch.Tensor,
+        return_weights: bool = False,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """z_vision (B, N_v, D_v), times (B, N_v) seconds, key_mask bool (B, N_v), True = real -> E_vision
         (B, N_q, D_llm); with return_weights also where each query looked: (B, layers, heads, N_q, N_v), sums to 1."""
         z = self.proj_in(self.norm_in(z_vision))
-        if self.time_embedding:
+        if self.time_embedding:  # cross-attention sees a set: without this no order, hence no before and after
             z = z + time_embedding(times, z.shape[-1]).to(z.dtype)
-        queries, all_weights = self.queries.expand(len(z), -1, -1), []
+
+        queries = self.queries.expand(len(z), -1, -1)
         if not self.layers:  # the paper's ablation "w/o fusion core": the mean of Z_vision and a linear projection
-            queries = queries + (z * key_mask[..., None]).sum(1, keepdim=True) / key_mask.sum(1)[:, None, None]
+            queries = queries + masked_mean(z, key_mask)
+        all_weights = []
         for layer in self.layers:
             queries, weights = layer(queries, z, key_mask, return_weights)
             all_weights.append(weights)
+
         e_vision = self.linear_proj(self.norm_out(queries))  # Eq. 4
-        return (e_vision, torch.stack(all_weights, dim=1)) if return_weights else e_vision
+        if return_weights:
+            return e_vision, torch.stack(all_weights, dim=1)
+        return e_vision
+
+
+def masked_mean(z, key_mask):
+    """(B, N, D) -> (B, 1, D), the mean over real tokens."""
+    total = (z * key_mask[..., None]).sum(1, keepdim=True)
+    return total / key_mask.sum(1)[:, None, None]
 
 
 # ------------------------------------------------------------------ §3.3.1: prompts, E_input = [E_vision ; E_text]
@@ -571,36 +807,50 @@ PREDICT_PROMPT = (
 CAPTION_PROMPT = "Describe the video."
 
 
-def encode_prompt(tokenizer, prompt):
+def encode_prompt(tokenizer, prompt: str) -> list[int]:
     """Token ids of a user's turn and the header of the assistant's, by the tokenizer's own chat template."""
     if not tokenizer.chat_template:
         raise VidReasonError(f"tokenizer has no chat template ({tokenizer.name_or_path}): use an instruction-tuned LLM")
-    turn = [{"role": "user", "content": prompt}]
-    return list(tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False))
+    turns = [{"role": "user", "content": prompt}]
+    return list(tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False))
 
 
-def encode_pair(tokenizer, prompt, target):
+def encode_pair(tokenizer, prompt: str, target: str) -> tuple[list[int], list[int]]:
     """-> (prompt ids, target ids): the target is what the assistant adds, up to the template's end-of-turn token."""
     prompt_ids = encode_prompt(tokenizer, prompt)
     turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": target}]
     ids = list(tokenizer.apply_chat_template(turns, return_dict=False))
-    if ids[: len(prompt_ids)] != prompt_ids:
+    start = len(prompt_ids)
+    if ids[:start] != prompt_ids:
         raise VidReasonError(f"chat template rewrites what it has said ({tokenizer.name_or_path}): use another LLM")
-    start, special = len(prompt_ids), {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    ends = [i + 1 for i, token in enumerate(ids) if i >= start and token in special]  # a line break may follow the end
-    return prompt_ids, ids[start : ends[-1]] if ends else [*ids[start:], tokenizer.eos_token_id]
+
+    target_ids = ids[start:]
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    ends = [i for i, token in enumerate(target_ids) if token in special]
+    if not ends:
+        return prompt_ids, [*target_ids, tokenizer.eos_token_id]
+    return prompt_ids, target_ids[: ends[-1] + 1]  # a line break may follow the end of a turn
 
 
 @dataclass
 class Conversation:
     """What is said about one video: (prompt ids, target ids) pairs that do not see each other. When training on text
     alone, the context takes the place of E_vision: tokens before the pairs that all of them see."""
-    pairs: list
-    context: list = field(default_factory=list)
+
+    pairs: list[tuple[list[int], list[int]]]
+    context: list[int] = field(default_factory=list)
+
+    def tokens(self) -> list[int]:
+        """All of it in a row."""
+        tokens = list(self.context)
+        for prompt, target in self.pairs:
+            tokens += prompt + target
+        return tokens
 
 
 class Packed(NamedTuple):
     """What pack returns. L = N_q + the longest row of text, M = all target tokens of the batch."""
+
     ids: torch.Tensor  # (B, L - N_q) text tokens, right-padded with 0
     position_ids: torch.Tensor  # (B, L)
     attention_mask: torch.Tensor  # (B, 1, L, L) bool, True = may look
@@ -613,80 +863,134 @@ class Packed(NamedTuple):
         return Packed(*(tensor.to(device, non_blocking=True) for tensor in self))
 
 
-def pack(conversations, num_queries):
+PADDING, PREFIX = -1, 0  # segments of a row; its pairs are 1, 2, ...
+
+
+def pack(conversations: list[Conversation], num_queries: int) -> Packed:
     """One row per video: [E_vision | context | pair 1 | pair 2 | ...], so that E_vision is read once for all its pairs.
     Each pair sees the prefix and itself only, and its positions restart right after the prefix: its loss is exactly
     that of a row of its own. num_queries is N_q, or 0 for rows without vision. -> Packed, on the CPU."""
-    texts = [c.context + [token for prompt, target in c.pairs for token in prompt + target] for c in conversations]
+    texts = [conversation.tokens() for conversation in conversations]
     length = num_queries + max(map(len, texts))
     ids = torch.zeros(len(texts), length - num_queries, dtype=torch.long)
     position_ids = torch.zeros(len(texts), length, dtype=torch.long)
-    segment_ids = torch.full((len(texts), length), -1)  # 0 prefix, 1.. pairs, -1 padding
-    rows, columns, targets, owner, number = [], [], [], [], itertools.count()
+    segments = torch.full((len(texts), length), PADDING)
+    rows, columns, targets, owner = [], [], [], []
+    pairs_before = 0
+
     for row, (conversation, text) in enumerate(zip(conversations, texts, strict=True)):
-        start = prefix = num_queries + len(conversation.context)
+        prefix = num_queries + len(conversation.context)
         ids[row, : len(text)] = torch.tensor(text)
-        position_ids[row, :prefix], segment_ids[row, :prefix] = torch.arange(prefix), 0
-        for pair, (prompt, target) in enumerate(conversation.pairs):
-            first, end = start + len(prompt), start + len(prompt) + len(target)
+        position_ids[row, :prefix] = torch.arange(prefix)
+        segments[row, :prefix] = PREFIX
+
+        start = prefix
+        for segment, (prompt, target) in enumerate(conversation.pairs, 1):
+            first = start + len(prompt)  # column of the first target token
+            end = first + len(target)
+            # to the pair it must look as if it alone followed the prefix
             position_ids[row, start:end] = torch.arange(prefix, prefix + end - start)
-            segment_ids[row, start:end] = pair + 1
+            segments[row, start:end] = segment
+
             before = first - 1 if prompt else prefix - 1  # without a prompt the end of the prefix predicts the first
             assert before >= 0, "the first target token needs something to be predicted from"
-            columns += [before, *range(first, end - 1)] if target else []
+            if target:
+                columns += [before, *range(first, end - 1)]
             rows += [row] * len(target)
-            owner += [next(number)] * len(target)
+            owner += [pairs_before] * len(target)
             targets += target
+            pairs_before += 1
             start = end
+
     causal = torch.ones(length, length, dtype=torch.bool).tril()
-    mask = causal & ((segment_ids[:, None] == 0) | (segment_ids[:, None] == segment_ids[:, :, None]))
-    return Packed(ids, position_ids, mask[:, None], *map(torch.tensor, (rows, columns, targets, owner)))
+    looks_at_prefix = segments[:, None] == PREFIX
+    looks_at_itself = segments[:, None] == segments[:, :, None]
+    mask = causal & (looks_at_prefix | looks_at_itself)
+    places = (torch.tensor(numbers) for numbers in (rows, columns, targets, owner))
+    return Packed(ids, position_ids, mask[:, None], *places)
 
 
 # -------------------------------------------------------------------------------- §3.3.2: the LLM, Eq. 5 and Eq. 6
-def target_logprobs(llm, packed, e_vision=None):
+def target_logprobs(llm, packed: Packed, e_vision: torch.Tensor | None = None) -> torch.Tensor:
     """Eq. 5: log P(y_t | E_input, y_<t) for every target token of a Packed batch -> (M,) float32.
     e_vision (B, N_q, D_llm), or None for rows of text alone. Vocabulary-wide logits exist at target positions only."""
-    embeddings = llm.get_input_embeddings()(packed.ids)
+    e_input = llm.get_input_embeddings()(packed.ids)
     if e_vision is not None:
-        embeddings = torch.cat([e_vision.to(embeddings.dtype), embeddings], dim=1)  # E_input = [E_vision ; E_text]
-    inputs = {"inputs_embeds": embeddings, "attention_mask": packed.attention_mask, "position_ids": packed.position_ids}
-    hidden = llm.get_decoder()(**inputs, use_cache=False).last_hidden_state
-    logits = llm.get_output_embeddings()(hidden[packed.rows, packed.columns]).float()  # (M, vocabulary)
+        e_input = torch.cat([e_vision.to(e_input.dtype), e_input], dim=1)  # E_input = [E_vision ; E_text]
+    outputs = llm.get_decoder()(
+        inputs_embeds=e_input,
+        attention_mask=packed.attention_mask,
+        position_ids=packed.position_ids,
+        use_cache=False,
+    )
+    predicting = outputs.last_hidden_state[packed.rows, packed.columns]
+    logits = llm.get_output_embeddings()(predicting).float()  # (M, vocabulary)
     return -F.cross_entropy(logits, packed.targets, reduction="none")
 
 
-def loss(llm, packed, e_vision=None):
+def loss(llm, packed: Packed, e_vision: torch.Tensor | None = None) -> tuple[torch.Tensor, int]:
     """Eq. 6: -sum_t log P(y*_t | E_vision, y*_<t) over a Packed batch -> (the sum, not the mean; number of targets)."""
     return -target_logprobs(llm, packed, e_vision).sum(), len(packed.targets)
 
 
 def generate(
-    llm, tokenizer, e_input, mask, max_new_tokens, beams=1, answers=1, top_p=None, temperature=None, streamer=None
-):
+    llm,
+    tokenizer,
+    e_input: torch.Tensor,
+    mask: torch.Tensor,
+    max_new_tokens: int,
+    beams: int = 1,
+    answers: int = 1,
+    top_p: float | None = None,
+    temperature: float | None = None,
+    streamer=None,
+) -> list[list[int]]:
     """Decoding by Eq. 5: greedy, beam search (beams > 1) or nucleus sampling (top_p or temperature given).
     e_input (B, L, D_llm), LEFT-padded, mask (B, L), 0 at padding -> B x answers lists of new token ids, each cut at the
     first stop token: the tokenizer's, one of the LLM's own list, or the one that its chat template writes."""
-    own = llm.generation_config.eos_token_id
-    end_of_turn = encode_pair(tokenizer, "a", "b")[1][-1]
-    stop = {tokenizer.eos_token_id, end_of_turn, *(own if isinstance(own, list) else [own])} - {None}
+    stop = stop_tokens(llm, tokenizer)
+    padding = tokenizer.pad_token_id
     sampling = top_p is not None or temperature is not None
     settings = GenerationConfig(
-        max_new_tokens=max_new_tokens, num_beams=beams, num_return_sequences=answers, do_sample=sampling,
-        top_p=1.0 if top_p is None else top_p, temperature=1.0 if temperature is None else temperature,
+        max_new_tokens=max_new_tokens,
+        num_beams=beams,
+        num_return_sequences=answers,
+        do_sample=sampling,
+        top_p=1.0 if top_p is None else top_p,
+        temperature=1.0 if temperature is None else temperature,
         top_k=0 if sampling else 50,  # 50 is the library's "not set"
         repetition_penalty=1.0,  # many LLMs ship another default, which cannot see a prompt made of embeddings
-        eos_token_id=sorted(stop), pad_token_id=min(stop) if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
-    )  # fmt: skip
-    streamer = streamer if beams == 1 else None  # a beam's words are not final until it ends
-    new = llm.generate(inputs_embeds=e_input, attention_mask=mask, generation_config=settings, streamer=streamer)
-    return [[*itertools.takewhile(lambda token: token not in stop, row)] for row in new.tolist()]
+        eos_token_id=sorted(stop),
+        pad_token_id=min(stop) if padding is None else padding,
+    )
+    new_ids = llm.generate(
+        inputs_embeds=e_input,
+        attention_mask=mask,
+        generation_config=settings,
+        streamer=streamer if beams == 1 else None,  # a beam's words are not final until it ends
+    )
+    return [until(stop, row) for row in new_ids.tolist()]
+
+
+def stop_tokens(llm, tokenizer):
+    """Whatever may end an answer: the tokenizer's token, the LLM's own list, the end of turn of the chat template."""
+    _, target = encode_pair(tokenizer, "a", "b")
+    own = llm.generation_config.eos_token_id
+    if not isinstance(own, list):
+        own = [own]
+    return {tokenizer.eos_token_id, target[-1], *own} - {None}
+
+
+def until(stop, tokens):
+    """The tokens before the first one that is in `stop`."""
+    return list(itertools.takewhile(lambda token: token not in stop, tokens))
 
 
 # ------------------------------------------------------------------------------------------------- the whole model
 @dataclass
 class Features:
     """What the visual backbone saw in one video (§3.1): Z_vision = [Z_global ; Z_obj] and where it comes from."""
+
     z_vision: torch.Tensor  # (N_v, D_v) float32, the N_t global tokens first
     times: torch.Tensor  # (N_v,) seconds: the mean of a clip's frames, the keyframe of an object
     is_object: torch.Tensor  # (N_v,) bool
@@ -695,174 +999,303 @@ class Features:
     frame_times: torch.Tensor | None = None  # (N_t, F) seconds; the keyframe is frame F // 2
 
 
-def collate_features(features):
+def collate_features(features: list[Features]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """list of B Features -> z_vision (B, N_v, D_v), times (B, N_v), key_mask bool (B, N_v), padded on the right."""
-    z_vision = nn.utils.rnn.pad_sequence([f.z_vision for f in features], batch_first=True)
-    times = nn.utils.rnn.pad_sequence([f.times for f in features], batch_first=True)
-    lengths = torch.tensor([len(f.times) for f in features], device=times.device)
-    return z_vision, times, torch.arange(times.shape[1], device=times.device) < lengths[:, None]
+    z_vision = nn.utils.rnn.pad_sequence([video.z_vision for video in features], batch_first=True)
+    times = nn.utils.rnn.pad_sequence([video.times for video in features], batch_first=True)
+    lengths = torch.tensor([len(video.times) for video in features], device=times.device)
+    positions = torch.arange(times.shape[1], device=times.device)
+    return z_vision, times, positions < lengths[:, None]
 
 
-@torch.no_grad()
-def perceive(video, encoder, sam, config, order=slice(None)):
+def perceive(
+    video: str | Path,
+    encoder: VideoTransformer,
+    sam: Sam,
+    config: Config,
+    order: slice | np.ndarray = slice(None),
+) -> Features:
     """§3.1: a video file -> Features. SAM makes it slow: trainers and evaluations keep what it returns."""
-    c = config
-    seen = read_video(video, c.num_clips, c.frames_per_clip, c.image_size, c.keyframe_size, order)
-    return look(*seen, encoder, sam, config)
+    frames, times, keyframes = read_video(
+        video,
+        config.num_clips,
+        config.frames_per_clip,
+        config.image_size,
+        config.keyframe_size,
+        order,
+    )
+    return look(frames, times, keyframes, encoder, sam, config)
 
 
 @torch.no_grad()
-def look(frames, times, keyframes, encoder, sam, config):
-    """What read_video returns -> Features."""
-    c, middle, device = config, config.frames_per_clip // 2, encoder.conv1.weight.device
+def look(
+    frames: torch.Tensor,
+    times: torch.Tensor,
+    keyframes: list[np.ndarray],
+    encoder: VideoTransformer,
+    sam: Sam,
+    config: Config,
+) -> Features:
+    """§3.1: what read_video returns -> Features."""
+    device = encoder.conv1.weight.device
+    middle = config.frames_per_clip // 2
     z_global, patches = encoder(frames.to(device) / 255)  # Eq. 1: (N_t, D_v), (N_t, F // tubelet, P, D_v)
+
     masks = [segment(keyframe, sam, config) for keyframe in keyframes]
-    z_obj = [mask_pool(p[middle // c.tubelet], m) for p, m in zip(patches, masks, strict=True)]  # Eq. 2
-    token_times = torch.cat([times.mean(1), times[:, middle].repeat_interleave(torch.tensor([*map(len, masks)]))])
+    patches_of_keyframes = patches[:, middle // config.tubelet]  # (N_t, P, D_v)
+    z_obj = [mask_pool(*of_clip) for of_clip in zip(patches_of_keyframes, masks, strict=True)]  # Eq. 2
+
+    objects_per_clip = torch.tensor([len(of_clip) for of_clip in masks])
+    object_times = times[:, middle].repeat_interleave(objects_per_clip)
+    token_times = torch.cat([times.mean(1), object_times]).to(device)
     is_object = torch.arange(len(token_times), device=device) >= len(z_global)
-    return Features(torch.cat([z_global, *z_obj]), token_times.to(device), is_object, masks, keyframes, times)
+    return Features(torch.cat([z_global, *z_obj]), token_times, is_object, masks, keyframes, times)
 
 
-def load_vision(config, directory, device="cpu"):
+def load_vision(config: Config, directory: str | Path, device="cpu") -> tuple[VideoTransformer, Sam]:
     """-> (encoder, sam), frozen, with the weights that config names: all that perceive needs."""
-    encoder, sam = VideoTransformer(config), build_sam(config)
-    load_weights(encoder, _find(config.encoder_weights, directory))
-    load_weights(sam, _find(config.sam_weights, directory))
-    return encoder.requires_grad_(False).eval().to(device), sam.requires_grad_(False).eval().to(device)
+    encoder = VideoTransformer(config)
+    sam = build_sam(config)
+    load_weights(encoder, resolve(config.encoder_weights, directory))
+    load_weights(sam, resolve(config.sam_weights, directory))
+    return frozen(encoder).to(device), frozen(sam).to(device)
+
+
+def frozen(module):
+    """Nothing of it is trained, and dropout, if it has any, is off."""
+    return module.requires_grad_(False).eval()
 
 
 class VidReason(nn.Module):
     """Encoder, SAM, fusion core, LLM. VidReason.load reads a model directory, VidReason.create starts a new model."""
-    def __init__(self, config, encoder, sam, llm, tokenizer):
+
+    def __init__(self, config: Config, encoder: VideoTransformer, sam: Sam, llm, tokenizer):
         super().__init__()
-        self.config, self.tokenizer, self.directory = config, tokenizer, Path()
-        self.encoder, self.sam, self.llm = encoder, sam, llm
+        self.config = config
+        self.tokenizer = tokenizer
+        self.directory = Path()
+        self.encoder = encoder
+        self.sam = sam
+        self.llm = llm
         words = llm.get_input_embeddings().weight
-        self.fusion = FusionCore(config, words.shape[1], 0.02 if words.is_meta else words.float().std().item())
+        spread = 0.02 if words.is_meta else words.float().std().item()
+        self.fusion = FusionCore(config, words.shape[1], spread)
 
     @property
     def device(self):
         return self.fusion.queries.device
 
-    def perceive(self, video):
+    def perceive(self, video: str | Path) -> Features:
         """§3.1: a video file -> Features."""
         return perceive(video, self.encoder, self.sam, self.config)
 
-    def fuse(self, features, return_weights=False):
+    def fuse(self, features: list[Features], return_weights: bool = False):
         """§3.2: list of B Features -> E_vision (B, N_q, D_llm)."""
-        return self.fusion(*(tensor.to(self.device) for tensor in collate_features(features)), return_weights)
+        tensors = [tensor.to(self.device) for tensor in collate_features(features)]
+        return self.fusion(*tensors, return_weights)
 
-    def embed(self, prompt):
+    def embed(self, prompt: str) -> torch.Tensor:
         """§3.3.1: E_text (1, L, D_llm) of a prompt in the LLM's chat template."""
         ids = encode_prompt(self.tokenizer, prompt)
         return self.llm.get_input_embeddings()(torch.tensor([ids], device=self.device))
 
     @torch.no_grad()
-    def answer(self, video, prompt=REASON_PROMPT, **generation):
+    def answer(self, video: str | Path | Features, prompt: str = REASON_PROMPT, **generation) -> str:
         """Algorithm 1. video: a file or its Features; generation: the options of generate -> the answer as text."""
         features = video if isinstance(video, Features) else self.perceive(video)  # Z_vision = [Z_global ; Z_obj]
         e_vision = self.fuse([features])  # E_vision = f_fusion(Z_vision)
         e_text = self.embed(prompt)  # E_text = TokenizeAndEmbed(P_task)
         e_input = torch.cat([e_vision.to(e_text.dtype), e_text], dim=1)  # E_input = [E_vision ; E_text]
-        return self._respond(e_input, torch.ones_like(e_input[..., 0], dtype=torch.long), generation)[0]  # Y
+        mask = torch.ones_like(e_input[..., 0], dtype=torch.long)
+        return self.respond(e_input, mask, generation)[0]  # Y
 
     @torch.no_grad()
-    def answer_batch(self, videos, prompts, **generation):
+    def answer_batch(self, videos: list, prompts: list[str], **generation) -> list[str]:
         """Many answers at once. videos: files, Features, or None for a question asked blind -> list of texts."""
-        features = [v if v is None or isinstance(v, Features) else self.perceive(v) for v in videos]
-        seen = [f for f in features if f is not None]
-        e_vision, rows = iter(self.fuse(seen) if seen else []), []
-        for f, prompt in zip(features, prompts, strict=True):
-            e_text = self.embed(prompt)[0]
-            rows.append(e_text if f is None else torch.cat([next(e_vision).to(e_text.dtype), e_text]))
+        features = []
+        for video in videos:
+            already_seen = video is None or isinstance(video, Features)
+            features.append(video if already_seen else self.perceive(video))
+        seen = [video for video in features if video is not None]
+        e_vision = iter(self.fuse(seen) if seen else [])
+
+        rows = []
+        for video, prompt in zip(features, prompts, strict=True):
+            row = self.embed(prompt)[0]
+            if video is not None:
+                row = torch.cat([next(e_vision).to(row.dtype), row])
+            rows.append(row)
+
         masks = [torch.ones(len(row), dtype=torch.long, device=self.device) for row in rows]
         pad = partial(nn.utils.rnn.pad_sequence, batch_first=True, padding_side="left")
-        return self._respond(pad(rows), pad(masks), generation)
+        return self.respond(pad(rows), pad(masks), generation)
 
-    def _respond(self, e_input, mask, generation):
+    def respond(self, e_input, mask, generation):
+        """Eq. 5 of a batch, left-padded -> list of texts."""
         options = {"max_new_tokens": self.config.max_new_tokens, **generation}
         answers = generate(self.llm, self.tokenizer, e_input, mask, **options)
         return [self.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers]
 
     @torch.no_grad()
-    def option_logprobs(self, features, prompt, options):
+    def option_logprobs(self, features: Features | None, prompt: str, options: list[str]) -> torch.Tensor:
         """Sum of log P of each option as answer, its end included -> (len(options),). features None: asked blind.
         Prompt and E_vision are read once for all options, which do not see each other."""
         pairs = [encode_pair(self.tokenizer, prompt, option) for option in options]
-        conversation = Conversation([([], target) for _, target in pairs], context=pairs[0][0])
-        packed = pack([conversation], 0 if features is None else self.config.num_queries).to(self.device)
-        logprobs = target_logprobs(self.llm, packed, None if features is None else self.fuse([features]))
+        prompt_ids = pairs[0][0]
+        answers = [([], target) for _, target in pairs]
+        conversation = Conversation(answers, context=prompt_ids)
+        if features is None:
+            e_vision, num_queries = None, 0
+        else:
+            e_vision, num_queries = self.fuse([features]), self.config.num_queries
+        packed = pack([conversation], num_queries).to(self.device)
+        logprobs = target_logprobs(self.llm, packed, e_vision)
         return logprobs.new_zeros(len(options)).index_add(0, packed.owner, logprobs)
 
-    def forward(self, packed, z_vision=None, times=None, key_mask=None):
+    def forward(self, packed: Packed, z_vision=None, times=None, key_mask=None) -> tuple[torch.Tensor, int]:
         """Eq. 6 of a Packed batch with the output of collate_features, or of text alone -> (sum of NLL, tokens)."""
-        return loss(self.llm, packed, None if z_vision is None else self.fusion(z_vision, times, key_mask))
+        if z_vision is None:
+            return loss(self.llm, packed)
+        return loss(self.llm, packed, self.fusion(z_vision, times, key_mask))
 
-    def add_lora(self):
+    def add_lora(self) -> None:
         """Wrap the LLM, and nothing else, with LoRA adapters on all its linear layers (§3.4.2, §4.2.2)."""
-        size = {"r": self.config.lora_rank, "lora_alpha": self.config.lora_alpha}
-        self.llm = get_peft_model(self.llm, LoraConfig(**size, target_modules="all-linear", task_type="CAUSAL_LM"))
+        adapters = LoraConfig(
+            r=self.config.lora_rank,
+            lora_alpha=self.config.lora_alpha,
+            target_modules="all-linear",
+            task_type="CAUSAL_LM",
+        )
+        self.llm = get_peft_model(self.llm, adapters)
 
-    def freeze(self, stage):
-        """§3.4: stage 1 trains the fusion core alone, stage 2 also the LoRA adapters, which add_lora must have made."""
-        self.eval().fusion.train()
+    def freeze(self, stage: int) -> "VidReason":
+        """§3.4. Stage 1 trains the fusion core alone; stage 2 the fusion core and the LoRA adapters, which add_lora
+        must have made. Encoder, SAM and the LLM's own weights are frozen in both."""
+        self.eval()
+        self.fusion.train()
         self.llm.train(stage == 2)
         for name, parameter in self.named_parameters():
-            parameter.requires_grad_(name.startswith("fusion.") or (stage == 2 and ".lora_" in name))
+            of_fusion = name.startswith("fusion.")
+            of_adapters = stage == 2 and ".lora_" in name
+            parameter.requires_grad_(of_fusion or of_adapters)
         return self
 
     @classmethod
-    def create(cls, config, directory=".", device="cpu", dtype=torch.float32):
+    def create(cls, config: Config, directory: str | Path = ".", device="cpu", dtype=torch.float32) -> "VidReason":
         """Frozen parts from where config says (relative to directory), the LLM in dtype, and a new fusion core."""
-        model = cls(config, *load_vision(config, directory), *load_llm(_find(config.llm, directory), dtype))
+        encoder, sam = load_vision(config, directory)
+        llm, tokenizer = load_llm(resolve(config.llm, directory), dtype)
+        model = cls(config, encoder, sam, llm, tokenizer)
         model.directory = Path(directory)
-        return model.requires_grad_(False).eval().to(device)
+        return frozen(model).to(device)
 
     @classmethod
-    def load(cls, directory, device="cpu", dtype=torch.float32):
+    def load(cls, directory: str | Path, device="cpu", dtype=torch.float32) -> "VidReason":
         """Read a model directory: config.json, fusion.safetensors, lora/ if any, and what the config names."""
         directory = Path(directory)
         model = cls.create(read_config(directory), directory, dtype=dtype)
         load_weights(model.fusion, directory / "fusion.safetensors")
-        if (directory / "lora").is_dir():
+        adapters = directory / "lora"
+        if adapters.is_dir():
             model.add_lora()
-            load_weights(model.llm, directory / "lora" / "adapter_model.safetensors")
-        return model.requires_grad_(False).eval().to(device)
+            load_weights(model.llm, adapters / "adapter_model.safetensors")
+        return frozen(model).to(device)
 
-    def save(self, directory, parts=("encoder", "sam", "llm", "fusion", "lora"), dtype=torch.float32, state=None):
+    def save(
+        self,
+        directory: str | Path,
+        parts: tuple[str, ...] = ("encoder", "sam", "llm", "fusion", "lora"),
+        dtype: torch.dtype = torch.float32,
+        state: dict[str, torch.Tensor] | None = None,
+    ) -> None:
         """Write a model directory, each file aside first. A part left out stays where it is; config.json says where.
         state: whole tensors by parameter name, in place of the model's own, of which a process may hold a shard."""
-        directory, config, lora = Path(directory), replace(self.config), isinstance(self.llm, PeftModel)
+        directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        for part, name in (("encoder", "encoder_weights"), ("sam", "sam_weights"), ("llm", "llm")):
-            source = _find(getattr(config, name), self.directory)
-            elsewhere = os.path.relpath(source, directory) if isinstance(source, Path) else source
-            setattr(config, name, (part if part == "llm" else f"{part}.safetensors") if part in parts else elsewhere)
-        cast = lambda state: {key: tensor.detach().to("cpu", dtype).contiguous() for key, tensor in state.items()}
-        state = self.state_dict() if state is None else state
-        of = lambda part: {key[len(part) + 1 :]: state[key] for key in state if key.startswith(f"{part}.")}
-        for part in {"encoder", "sam", "fusion"} & set(parts):
-            _write_aside(directory / f"{part}.safetensors", partial(save_file, cast(of(part))))
+        config = self.config_in(directory, parts)
+        if state is None:
+            state = self.state_dict()
+
+        for part in ("encoder", "sam", "fusion"):
+            if part in parts:
+                tensors = on_cpu(state_of_part(state, part), dtype)
+                write_aside(directory / f"{part}.safetensors", partial(save_file, tensors))
         if "llm" in parts:
-            base = self.llm.get_base_model() if lora else self.llm
-            words = {k.replace(".base_layer", ""): v for k, v in cast(base.state_dict()).items() if ".lora_" not in k}
-            if base.config.tie_word_embeddings:
-                del words["lm_head.weight"]
-            _write_aside(directory / "llm", lambda at: base.save_pretrained(at, state_dict=words))
-            self.tokenizer.save_pretrained(directory / "llm")
-        if "lora" in parts and lora:
-            adapters = cast(get_peft_model_state_dict(self.llm, of("llm"), save_embedding_layers=False))
-            adapter = self.llm.peft_config["default"]
-            adapter.base_model_name_or_path = config.llm
-            _write_aside(directory / "lora", lambda at: (
-                adapter.save_pretrained(at), save_file(adapters, at / "adapter_model.safetensors")))  # fmt: skip
-        elif "lora" in parts:
-            shutil.rmtree(directory / "lora", ignore_errors=True)  # of an older model
-        _write_aside(directory / "config.json", lambda at: at.write_text(json.dumps(asdict(config), indent=2) + "\n"))
+            self.save_llm(directory / "llm", dtype)
+        if "lora" in parts:
+            if isinstance(self.llm, PeftModel):
+                self.save_lora(directory / "lora", state, dtype, config.llm)
+            else:
+                shutil.rmtree(directory / "lora", ignore_errors=True)  # of an older model
+        text = json.dumps(asdict(config), indent=2) + "\n"
+        write_aside(directory / "config.json", lambda aside: aside.write_text(text))
+
+    def config_in(self, directory, parts):
+        """The Config of the model as saved there: parts lie in the directory, what is left out is named from it."""
+        config = replace(self.config)
+        for part, setting, name in (
+            ("encoder", "encoder_weights", "encoder.safetensors"),
+            ("sam", "sam_weights", "sam.safetensors"),
+            ("llm", "llm", "llm"),
+        ):
+            if part not in parts:
+                name = resolve(getattr(config, setting), self.directory)
+                if isinstance(name, Path):
+                    name = os.path.relpath(name, directory)
+            setattr(config, setting, name)
+        return config
+
+    def save_llm(self, directory, dtype):
+        """The LLM without its adapters, as transformers itself would write it, and its tokenizer."""
+        llm = self.llm
+        if isinstance(llm, PeftModel):
+            llm = llm.get_base_model()
+        words = {}
+        for key, tensor in on_cpu(llm.state_dict(), dtype).items():
+            if ".lora_" not in key:
+                words[key.replace(".base_layer", "")] = tensor  # peft's name for what an adapter stands beside
+        if llm.config.tie_word_embeddings:
+            del words["lm_head.weight"]
+        write_aside(directory, lambda aside: llm.save_pretrained(aside, state_dict=words))
+        self.tokenizer.save_pretrained(directory)
+
+    def save_lora(self, directory, state, dtype, llm_name):
+        """The adapters, as peft itself would write them. state: see save."""
+        of_llm = state_of_part(state, "llm")
+        adapters = get_peft_model_state_dict(self.llm, of_llm, save_embedding_layers=False)
+        adapters = on_cpu(adapters, dtype)
+        settings = self.llm.peft_config["default"]
+        settings.base_model_name_or_path = llm_name
+
+        def write(aside):
+            """Settings and weights."""
+            settings.save_pretrained(aside)
+            save_file(adapters, aside / "adapter_model.safetensors")
+
+        write_aside(directory, write)
+
+
+def state_of_part(state, part):
+    """The tensors of one part of the model, by their names within it."""
+    prefix = f"{part}."
+    return {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
+
+
+def on_cpu(state, dtype):
+    """The tensors as they are written to disk."""
+    return {key: tensor.detach().to("cpu", dtype).contiguous() for key, tensor in state.items()}
+
+
+def write_aside(path, write):
+    """Let write(path) write a file or folder under another name, then put it in the place of the old one."""
+    aside = path.with_name(path.name + ".partial")
+    write(aside)
+    shutil.rmtree(path, ignore_errors=True)  # os.replace cannot replace a directory
+    os.replace(aside, path)
 
 
 # --------------------------------------------------------------------------------------- reading weights, strictly
-def read_config(directory):
+def read_config(directory: str | Path) -> Config:
     """The Config of a model directory."""
     try:
         return Config(**json.loads(Path(directory, "config.json").read_text()))
@@ -870,19 +1303,14 @@ def read_config(directory):
         raise VidReasonError(f"no config.json to read: {error} ({directory}): give a model directory") from error
 
 
-def _find(name, directory):
+def resolve(name: str, directory: str | Path) -> str | Path:
     """A path relative to the model directory, if it is one; else the name as it stands, perhaps a hub id."""
-    return Path(directory, name) if name and Path(directory, name).exists() else name
+    if name and Path(directory, name).exists():
+        return Path(directory, name)
+    return name
 
 
-def _write_aside(path, write):
-    aside = path.with_name(path.name + ".partial")
-    write(aside)
-    shutil.rmtree(path, ignore_errors=True)  # os.replace cannot replace a directory
-    os.replace(aside, path)
-
-
-def _download(name):
+def download(name):
     """The file of a hub repository, as owner/repository/file -> where its copy lies."""
     try:
         owner, repository, file = str(name).split("/", 2)
@@ -892,39 +1320,71 @@ def _download(name):
         raise VidReasonError(f"{what}: give a file, or owner/repository/file of the hub") from error
 
 
-def load_weights(module, path):
+def load_weights(module: nn.Module, path: str | Path) -> None:
     """Fill a module from .safetensors or an upstream .pth (ViCLIP whole or its vision tower, SAM), or a peft model from
     its adapter. Strict: VidReasonError names every key that is missing, unexpected or of another shape."""
-    path = path if path and Path(path).is_file() else _download(path)
-    torch.serialization.add_safe_globals([(OrderedDict, "utils.easydict.EasyDict")])  # the settings in ViCLIP's .pth
-    try:
-        found = load_file(path) if str(path).endswith(".safetensors") else torch.load(path, "cpu", weights_only=True)
-    except Exception as error:  # pickle, zip and safetensors have one each
-        raise VidReasonError(f"weights cannot be read: {error} ({path}): download them again") from error
-    found = found.get("model", found) if isinstance(found, dict) else {}
-    found = {key[15:]: found[key] for key in found if key.startswith("vision_encoder.")} or found
-    found.pop("proj", None)  # ViCLIP's way from [CLS] to its contrastive space, of which Eq. 1 makes no use
-    adapter = isinstance(module, PeftModel)
-    own = get_peft_model_state_dict(module, save_embedding_layers=False) if adapter else module.state_dict()
-    problems = [f"missing {key}" for key in own if key not in found]
-    problems += [f"unexpected {key}" for key in found if key not in own]
-    shapes = {key: (tuple(found[key].shape), tuple(own[key].shape)) for key in own if key in found}
-    problems += [f"{key} is {theirs}, not {ours}" for key, (theirs, ours) in shapes.items() if theirs != ours]
+    if not path or not Path(path).is_file():
+        path = download(path)
+    state = read_state_dict(path)
+    is_adapter = isinstance(module, PeftModel)
+    if is_adapter:
+        own = get_peft_model_state_dict(module, save_embedding_layers=False)
+    else:
+        own = module.state_dict()
+    problems = differences(state, own)
     if problems:
         raise VidReasonError(f"weights do not fit the model: {', '.join(problems)} ({path}): check config.json")
-    set_peft_model_state_dict(module, found) if adapter else module.load_state_dict(found)
+    if is_adapter:
+        set_peft_model_state_dict(module, state)
+    else:
+        module.load_state_dict(state)
 
 
-def load_llm(name, dtype=torch.float32):
+def read_state_dict(path):
+    """{name: tensor} of a file, without what upstream files hold beside the weights of Eq. 1 or SAM."""
+    torch.serialization.add_safe_globals([(OrderedDict, "utils.easydict.EasyDict")])  # the settings in ViCLIP's .pth
+    try:
+        if str(path).endswith(".safetensors"):
+            state = load_file(path)
+        else:
+            state = torch.load(path, "cpu", weights_only=True)
+    except Exception as error:  # pickle, zip and safetensors have one each
+        raise VidReasonError(f"weights cannot be read: {error} ({path}): download them again") from error
+    if not isinstance(state, dict):
+        state = {}
+    state = state.get("model", state)
+    state = state_of_part(state, "vision_encoder") or state
+    state.pop("proj", None)  # ViCLIP's way from [CLS] to its contrastive space, of which Eq. 1 makes no use
+    return state
+
+
+def differences(theirs, ours):
+    """What keeps one state dict from being loaded into a module that has the other: a list of short texts."""
+    missing = [f"missing {key}" for key in ours if key not in theirs]
+    unexpected = [f"unexpected {key}" for key in theirs if key not in ours]
+    reshaped = []
+    for key in ours:
+        if key in theirs and theirs[key].shape != ours[key].shape:
+            reshaped.append(f"{key} is {tuple(theirs[key].shape)}, not {tuple(ours[key].shape)}")
+    return missing + unexpected + reshaped
+
+
+def load_llm(name: str | Path, dtype: torch.dtype = torch.float32) -> tuple:
     """-> (causal LM, tokenizer) from a directory or the hub; SDPA, because it takes pack's 4-D boolean mask."""
-    settings = {"dtype": dtype, "attn_implementation": "sdpa", "output_loading_info": True}
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        llm, report = AutoModelForCausalLM.from_pretrained(name, **settings)
+        llm, report = AutoModelForCausalLM.from_pretrained(
+            name,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            output_loading_info=True,
+        )
     except (OSError, ValueError, ImportError) as error:
         advice = "give a directory or an open model (Qwen/Qwen2.5-0.5B-Instruct), or accept its licence and log in"
         raise VidReasonError(f"LLM cannot be loaded: {str(error)[:120]} ({name}): {advice}") from error
-    problems = [f"{kind} {key}" for kind, keys in report.items() for key in keys]
+    problems = []
+    for kind, keys in report.items():
+        problems += [f"{kind} {key}" for key in keys]
     if problems:
         raise VidReasonError(f"weights do not fit the LLM: {', '.join(problems)} ({name}): download them again")
     return llm, tokenizer

@@ -674,6 +674,23 @@ def test_model_on_the_meta_device_costs_nothing():
     assert millions == pytest.approx({"encoder": 0.91, "sam": 0.45, "fusion": 1.09}, rel=0.02)
 
 
+@pytest.mark.parametrize(("spread", "alike"), [(0.02, 0.996), (0.5, 0.44)])
+def test_queries_that_begin_wide_apart_stay_apart(spread, alike):
+    """The reason for the 0.5 in FusionCore; fails if its initialisation, or what a layer adds, changes."""
+    config = PRESETS["toy"]
+    torch.manual_seed(0)
+    core = FusionCore(config, llm_width=64)
+    if spread != 0.5:
+        core.queries.data *= spread / 0.5
+    left = []
+    core.norm_out.register_forward_pre_hook(lambda _, inputs: left.append(inputs[0]))
+    with torch.no_grad():
+        core(torch.randn(4, 20, config.encoder_width), 4 * torch.rand(4, 20), torch.ones(4, 20, dtype=torch.bool))
+    queries = torch.nn.functional.normalize(left[0], dim=-1)
+    others = ~torch.eye(config.num_queries, dtype=torch.bool)
+    assert (queries @ queries.mT)[:, others].mean().item() == pytest.approx(alike, abs=0.03)
+
+
 # ------------------------------------------------------------------------------------------ the file itself
 
 
