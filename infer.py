@@ -37,6 +37,7 @@ os.environ.setdefault(
 )  # before torch: spinning threads cost 25x when another program is busy
 
 import argparse
+import atexit
 import gc
 import json
 import math
@@ -478,6 +479,7 @@ def import_libraries():
 
     gc.freeze()
     gc.enable()
+    atexit.register(gc.unfreeze)  # what lies frozen at the end counts as leaked to nanobind, which says so on stderr
 
 
 def main(arguments=None):
