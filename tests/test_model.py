@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from conftest import tiny_llm, tiny_tokenizer
 from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import vidreason
 from vidreason import (
@@ -471,6 +472,15 @@ def test_perceive(model, videos, config):
     assert torch.allclose(features.z_vision[4 + sum(counts[:3])], first_of_last_clip)
 
 
+@pytest.mark.parametrize("order", [slice(None), np.arange(16)[::-1]])
+def test_a_keyframe_is_the_middle_frame_of_its_clip(videos, order):
+    """Fails if masks come from another picture than the patches that they pool, be it of the same tubelet."""
+    frames, _, keyframes = read_video(videos["good"], 4, 4, 96, keyframe_size=96, order=order)
+    for clip, keyframe in zip(frames, keyframes, strict=True):
+        same = [torch.equal(frame, torch.from_numpy(keyframe).permute(2, 0, 1)) for frame in clip]
+        assert same == [False, False, True, False]
+
+
 def test_zero_objects(model, config):
     features = random_features(config, 0)
     assert model.answer(features, "why ?") == model.answer_batch([features], ["why ?"])[0]
@@ -530,6 +540,18 @@ def test_decoding_strategies(model, config):
         e_input = torch.cat([model.fuse([features]), model.embed("why ?")], dim=1)
         mask = torch.ones(e_input.shape[:2], dtype=torch.long)
         assert len(generate(model.llm, model.tokenizer, e_input, mask, max_new_tokens=3)[0]) <= 3
+
+
+def test_sampling_draws_from_all_words():
+    """Fails if the library's default of the 50 likeliest words is left on: here 120 are nearly equally likely."""
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    llm = LlamaForCausalLM(LlamaConfig(vocab_size=120, **shape)).eval()
+    e_input = torch.zeros(1, 3, 16)
+    mask = torch.ones(1, 3, dtype=torch.long)
+    options = {"max_new_tokens": 1, "answers": 600, "temperature": 1000.0}
+    drawn = {tuple(ids) for ids in generate(llm, tiny_tokenizer(), e_input, mask, **options)}
+    assert len(drawn) > 100
 
 
 def test_generation_stops_at_the_template_s_end_of_turn(model, config):
