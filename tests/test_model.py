@@ -547,7 +547,7 @@ def test_sampling_draws_from_all_words():
     shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     torch.manual_seed(0)
     llm = LlamaForCausalLM(LlamaConfig(vocab_size=120, **shape)).eval()
-    e_input = torch.zeros(1, 3, 16)
+    e_input = torch.randn(1, 3, 16)
     mask = torch.ones(1, 3, dtype=torch.long)
     options = {"max_new_tokens": 1, "answers": 600, "temperature": 1000.0}
     drawn = {tuple(ids) for ids in generate(llm, tiny_tokenizer(), e_input, mask, **options)}
