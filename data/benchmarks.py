@@ -270,6 +270,25 @@ register(Benchmark(
 ))  # fmt: skip
 
 
+def read_nextgqa(path: Path, place: Place) -> Iterator[Sample]:
+    """As NExT-QA's file, but `answer` is the right option's text. When it is seen (gsub_*.json) is not asked for."""
+    folders = load_beside(path, "map_vid_vidorID.json")
+    for row in place(csv_table(path)):
+        row["video"] = row["video_id"]
+        options = [text(row[f"a{i}"]) for i in range(5)]
+        chosen = multiple_choice(options, index_of(text(row["answer"]), options))
+        yield Sample(**nextqa_fields(row, folders), **chosen)
+
+
+register(Benchmark(
+    name="nextgqa",
+    about="NExT-GQA, its multiple choice (doc-doc/NExT-GQA, datasets/nextgqa/*.csv): `answer` is an option's text.",
+    read_file=read_nextgqa,
+    groups=nextqa_groups,
+    formats={"nextgqa": nextqa_pairs},
+))  # fmt: skip
+
+
 # --------------------------------------------------------------------------- ActivityNet-QA
 
 ACTIVITYNET_TYPES = "motion,spatial relation,temporal relation,yes/no,color,object,location,number,other".split(",")

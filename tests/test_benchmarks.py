@@ -36,6 +36,7 @@ RECORD = {"id": "r", "video": "a.mp4", "question": "why?", "answer": ["it fell",
 EXCERPTS = {  # name -> a genuine file, or (file name, hand-written rows)
     "nextqa": FIXTURES / "nextqa" / "val.csv",
     "nextqa-oe": FIXTURES / "nextqa_oe" / "test.csv",
+    "nextgqa": FIXTURES / "nextgqa" / "test.csv",
     "activitynetqa": FIXTURES / "activitynet_qa" / "val_q.json",
     "clevrer": FIXTURES / "clevrer" / "train-orig-small.json",
     "vcr": ("val.jsonl", [VCR_LINE, {**VCR_LINE, "annot_id": "val-1"}]),
@@ -59,6 +60,7 @@ def parted(name):
 
 REPLY_ROWS = {  # format -> (sample id, reply) -> the row of such a result file; of an object its (key, value)
     "nextqa": lambda name, reply: (name, {"prediction": reply, "answer": 0}),
+    "nextgqa": lambda name, reply: (name, {"prediction": reply, "answer": 0}),
     "nextqa-oe": lambda name, reply: (parted(name)[0], {parted(name)[1]: reply}),
     "activitynetqa": lambda name, reply: {"question_id": name, "answer": reply},
     "clevrer": lambda name, reply: words_per_option(*parted(name), reply),

@@ -17,7 +17,7 @@ from evaluation.score import score_predictions
 from vidreason import VidReasonError
 
 FIXTURES = Path(__file__).resolve().parent / "fixtures"
-NEXTQA, NEXTQA_OE = FIXTURES / "nextqa", FIXTURES / "nextqa_oe"
+NEXTQA, NEXTQA_OE, NEXTGQA = FIXTURES / "nextqa", FIXTURES / "nextqa_oe", FIXTURES / "nextgqa"
 ACTIVITYNET, VLM4D = FIXTURES / "activitynet_qa", FIXTURES / "vlm4d"
 RESULTS = VLM4D / "processed_outputs_paper_results"
 CLEVRER, HOLMES = FIXTURES / "clevrer" / "train-orig-small.json", FIXTURES / "video_holmes"
@@ -104,6 +104,27 @@ def test_nextqa_open_ended_result_file(tmp_path):
     """Hand-written in the layout of NExT-OE's results/*.json: {video: {qid: text}}."""
     path = write(tmp_path / "HGA.json", {"5772591393": {"4": "turn its head"}, "7004238086": {"0": ""}})
     assert read_predictions(path, "nextqa-oe") == {"5772591393_4": "turn its head", "7004238086_0": ""}
+
+
+# --------------------------------------------------------------------------- NExT-GQA
+
+
+def test_nextgqa_answers_are_texts(tmp_path):
+    """Fails if `answer` is taken for an index, or of two equal options (happy, happy) the second is the gold one.
+
+    The result file is hand-written in the layout of NExT-GQA's code/TempGQA/train/trainval_gdqa.py.
+    """
+    samples = read("nextgqa", NEXTGQA / "val.csv", NEXTGQA / "test.csv")
+    s = samples["10001787725_1"]
+    assert len(samples) == 13 + 17 and (s.gold, s.answer, s.category) == (4, "protect from falling", "CW")
+    assert s.video == "NExTVideo/1009/10001787725.mp4"
+    twice = samples["3842638015_4"]
+    assert twice.options[3:] == ["happy", "happy"] and twice.gold == 3
+    rows = {name: {"prediction": 4, "answer": 4} for name in ("10001787725_1", "3842638015_4")}
+    predictions = read_predictions(write(tmp_path / "res.json", rows), "nextgqa")
+    summary, items = score("nextgqa", samples, predictions)
+    assert items["10001787725_1"]["correct"] and not items["3842638015_4"]["correct"]
+    assert percent(summary)["C"][1] + percent(summary)["T"][1] == 30 and summary["missing"] == 28
 
 
 # --------------------------------------------------------------------------- ActivityNet-QA
