@@ -12,15 +12,20 @@ import json
 import os
 import tarfile
 from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from vidreason import CAPTION_PROMPT, VidReasonError, split_span
 
 VIDEO_SUFFIXES = (".mp4", ".webm", ".mkv", ".avi", ".mov")
 LETTERS = list("ABCDEFGHIJ")
+
+
+# --------------------------------------------------------------------------- one question
 
 
 @dataclass(slots=True)
@@ -35,53 +40,67 @@ class Sample:
     category: str = ""
     context: str = ""
     gold: int | None = None  # index of the right option; options need not be distinct
-    truths: tuple = ()  # per-option truth (CLEVRER: 0..n right), or further right answers (open-ended)
+    option_truths: tuple[bool, ...] = ()  # one per option, where none, some or all may be right (CLEVRER)
+    also_right: tuple[str, ...] = ()  # further right answers to an open question
     weight: float = 1.0  # how often an epoch shows its video
 
 
-def text(value) -> str:
+def text(value: Any) -> str:
     """JSON has numbers among its options and answers, and some fields carry stray spaces."""
     if isinstance(value, (str, int, float)) and str(value).strip():
         return str(value).strip()
     raise ValueError(f"{value!r} where text should be")
 
 
-def multiple_choice(options, gold):
+def multiple_choice(options: Iterable, gold: int) -> dict:
     """The fields of Sample that say which option is right; gold: its index from zero."""
-    options = [text(o) for o in options]
+    options = [text(option) for option in options]
     if gold not in range(len(options)):  # -1 would be the last
         raise ValueError(f"there is no option {gold}")
     return {"options": options, "gold": gold, "answer": options[gold]}
 
 
-def index_of(answer, options):
+def index_of(answer: str, options: list[str]) -> int:
+    """The first option that reads as the answer. ValueError if none does."""
     if answer not in options:
         raise ValueError(f"the answer {answer!r} is none of {', '.join(options)}")
     return options.index(answer)
 
 
-def per_option(sample) -> list[Sample]:
-    """A question of which any number of options may be right, as one yes-or-no question per option."""
-    out = []
-    for i, (option, truth) in enumerate(zip(sample.options, sample.truths, strict=True)):
-        question, chosen = f"{sample.question} {option}: yes or no?", multiple_choice(["yes", "no"], int(not truth))
-        out.append(replace(sample, id=f"{sample.id}/{i}", question=question, truths=(), **chosen))
-    return out
+def per_option(sample: Sample) -> list[Sample]:
+    """A question of which any number of options may be right, as a yes-or-no question per option; any other as is."""
+    if not sample.option_truths:
+        return [sample]
+
+    questions = []
+    for i, (option, truth) in enumerate(zip(sample.options, sample.option_truths, strict=True)):
+        question = f"{sample.question} {option}: yes or no?"
+        chosen = multiple_choice(["yes", "no"], gold=0 if truth else 1)
+        questions.append(replace(sample, id=f"{sample.id}/{i}", question=question, option_truths=(), **chosen))
+    return questions
+
+
+# --------------------------------------------------------------------------- reading files
 
 
 class Place:
-    """Where a reader is, for messages: (where, row) pairs pass through it and come out as rows."""
+    """Where a reader is, for messages: (where, row) pairs pass through it and come out as rows.
 
-    def __init__(self, paths, videos="."):
-        self.paths, self.videos, self.where = paths, videos, "start"
+    paths: all files that are read together; videos: the folder that video names are relative to.
+    """
 
-    def __call__(self, rows):
+    def __init__(self, paths: list[Path], videos: str | Path = "."):
+        self.paths = paths
+        self.videos = videos
+        self.where = "start"
+
+    def __call__(self, rows: Iterable[tuple[str, Any]]) -> Iterator:
         for self.where, row in rows:
             yield row
 
 
 @contextmanager
-def naming(path, place):
+def naming(path: Path, place: Place):
     """Whatever is wrong with a file becomes one line that names the file and the record."""
     try:
         yield
@@ -92,38 +111,70 @@ def naming(path, place):
         raise VidReasonError(f"unreadable record: {what} ({path}, {place.where}): mend or remove it") from error
 
 
-def read_files(samples_of, paths, videos=".") -> list[Sample]:
-    """Samples of one file or several, their ids distinct: READERS[name](paths) is this for its layout."""
-    paths, parts = [Path(p) for p in ([paths] if isinstance(paths, (str, Path)) else paths)], []
+def as_paths(paths: str | Path | Iterable[str | Path]) -> list[Path]:
+    """One path or several, as a list."""
+    if isinstance(paths, (str, Path)):
+        return [Path(paths)]
+    return [Path(path) for path in paths]
+
+
+ReadFile = Callable[[Path, Place], Iterator[Sample]]
+
+
+def read_files(read_file: ReadFile, paths: str | Path | Iterable[str | Path], videos: str | Path = ".") -> list[Sample]:
+    """Samples of one file or several, their ids distinct. VidReasonError names file and record of what is unusable."""
+    paths = as_paths(paths)
+    samples_of_files = []
     for path in paths:
         place = Place(paths, videos)
         with naming(path, place):
-            parts.append(list(samples_of(path, place)))
-    if not any(parts):
+            samples_of_files.append(list(read_file(path, place)))
+    if not any(samples_of_files):
         raise VidReasonError(f"no records ({', '.join(map(str, paths))}): the file is empty")
-    uses, seen = Counter(s.id for part in parts for s in part), Counter()
-    for path, part in zip(paths, parts, strict=True):
-        for s in part:
-            if uses[s.id] > 1:
-                s.id = f"{path.stem}/{s.id}" if len(paths) > 1 else s.id
-                seen[s.id] += 1
-                s.id += f"#{seen[s.id]}" if seen[s.id] > 1 else ""
-    return [s for part in parts for s in part]
+
+    make_ids_distinct(paths, samples_of_files)
+    samples = []
+    for samples_of_file in samples_of_files:
+        samples += samples_of_file
+    return samples
 
 
-def load(path):
+def make_ids_distinct(paths: list[Path], samples_of_files: list[list[Sample]]):
+    """An id that stands more than once gets its file's name before it and, if need be, #2, #3, ... behind it."""
+    uses = Counter()
+    for samples in samples_of_files:
+        uses.update(sample.id for sample in samples)
+
+    seen = Counter()
+    for path, samples in zip(paths, samples_of_files, strict=True):
+        for sample in samples:
+            if uses[sample.id] == 1:
+                continue
+            if len(paths) > 1:
+                sample.id = f"{path.stem}/{sample.id}"
+            seen[sample.id] += 1
+            if seen[sample.id] > 1:
+                sample.id += f"#{seen[sample.id]}"
+
+
+def load(path: Path) -> Any:
+    """What a .json file holds."""
     return json.loads(path.read_text("utf-8-sig"))
 
 
-def load_beside(path, name):
-    return load(path.with_name(name)) if path.with_name(name).exists() else {}
+def load_beside(path: Path, name: str) -> Any:
+    """What the .json file `name` in the same folder holds; an empty dict if there is none."""
+    beside = path.with_name(name)
+    return load(beside) if beside.exists() else {}
 
 
-def numbered(records):
-    return ((f"record {n}", row) for n, row in enumerate(records, 1))
+def numbered(records: Iterable) -> Iterator[tuple[str, Any]]:
+    """Pairs (where, record) for Place."""
+    return ((f"record {number}", record) for number, record in enumerate(records, 1))
 
 
-def csv_table(path):
+def csv_table(path: Path) -> Iterator[tuple[str, dict]]:
+    """Pairs (where, row) of a .csv with a header."""
     with open(path, encoding="utf-8-sig", newline="") as file:
         rows = csv.DictReader(file)
         for row in rows:
@@ -132,56 +183,107 @@ def csv_table(path):
             yield f"line {rows.line_num}", row
 
 
-def read_records(path, place):
-    """Our own layout (see data.py); WebVid's .csv and .tar shards become it."""
-    rows = {".csv": csv_rows, ".tar": partial(tar_rows, videos=place.videos)}.get(path.suffix, jsonl_rows)
-    for row in place(rows(path)):
-        yield to_sample(row, place.where)
-
-
-def to_sample(row, where) -> Sample:
-    """With "options" (a list, or texts by letter) "gold" is the right one's index, or else "answer" its text, index or
-    letter, tried in this order. Without them "answer" is a text, or a list of texts that are all right."""
-    row = json.loads(row) if isinstance(row, str) else row
-    answer, options, chosen = row.get("answer", row.get("caption")), row.get("options"), {}
-    if options:
-        options = json.loads(options) if isinstance(options, str) else options  # a field of a .csv
-        if not isinstance(options, (list, dict)):
-            raise ValueError('"options" is neither a list nor texts by letter')
-        options = list(map(text, [options[k] for k in sorted(options)] if isinstance(options, dict) else options))
-        letter = isinstance(answer, str) and answer.strip() not in options and answer.strip() in LETTERS
-        gold = row.get("gold", answer if isinstance(answer, int) and str(answer) not in options else None)
-        gold = LETTERS.index(answer.strip()) if letter and gold is None else gold
-        chosen = multiple_choice(options, index_of(str(answer).strip(), options) if gold is None else gold)
-    answer, *others = [chosen["answer"]] if chosen else answer if isinstance(answer, list) and answer else [answer]
-    if not all(isinstance(a, str) and a.strip() for a in (answer, *others)):
-        raise ValueError('no "answer" or "caption"')
-    for name in ("question", "video", "context"):
-        if not isinstance(row.get(name) or "", str):
-            raise ValueError(f'"{name}" is not text')
-    start, end = (float(row[name]) if row.get(name) not in (None, "") else None for name in ("start", "end"))
-    video = row.get("video")
-    if video and (start, end) != (None, None):
-        if "#t=" in video or not 0 <= (start or 0) < (end or float("inf")):
-            raise ValueError('"start" and "end" name no span of the video, or "video" names one already')
-        video += f"#t={start or 0:.3f}," + ("" if end is None else f"{end:.3f}")
-    found = {"category": str(row.get("type") or row.get("category") or ""), "context": row.get("context") or ""}
-    found |= {**chosen, "answer": answer, "truths": tuple(others)}
-    return Sample(str(row.get("id", where)), video, row.get("question") or CAPTION_PROMPT, **found)
-
-
-def jsonl_rows(path):
+def jsonl_lines(path: Path) -> Iterator[tuple[str, str]]:
+    """Pairs (where, line) of a .jsonl; lines are parsed by who reads them, so that a bad one is named."""
     with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             yield f"line {number}", line
 
 
-def csv_rows(path):
+# --------------------------------------------------------------------------- our own records
+
+
+def read_records(path: Path, place: Place) -> Iterator[Sample]:
+    """Our own layout, as the top of this file has it; WebVid's .csv and .tar shards become it."""
+    if path.suffix == ".csv":
+        rows = csv_rows(path)
+    elif path.suffix == ".tar":
+        rows = tar_rows(path, place.videos)
+    else:
+        rows = jsonl_lines(path)
+    for row in place(rows):
+        yield to_sample(row, place.where)
+
+
+def to_sample(row: dict | str, where: str) -> Sample:
+    """A record, or the line that holds it -> Sample; `where` is its id if it has none.
+
+    With "options" (a list, or texts by letter) "gold" is the right one's index, or else "answer" its text, index or
+    letter, tried in this order. Without them "answer" is a text, or a list of texts that are all right.
+    """
+    if isinstance(row, str):
+        row = json.loads(row)
+    answer = row.get("answer", row.get("caption"))
+    also_right = []
+    chosen = {"answer": answer}
+    if row.get("options"):
+        options = options_of(row["options"])
+        chosen = multiple_choice(options, gold_of(row, answer, options))
+    elif isinstance(answer, list) and answer:
+        chosen["answer"], *also_right = answer
+
+    if not all(isinstance(one, str) and one.strip() for one in (chosen["answer"], *also_right)):
+        raise ValueError('no "answer" or "caption"')
+    for name in ("question", "video", "context"):
+        if not isinstance(row.get(name) or "", str):
+            raise ValueError(f'"{name}" is not text')
+    return Sample(
+        id=str(row.get("id", where)),
+        video=with_span(row.get("video"), seconds(row.get("start")), seconds(row.get("end"))),
+        question=row.get("question") or CAPTION_PROMPT,
+        category=str(row.get("type") or row.get("category") or ""),
+        context=row.get("context") or "",
+        also_right=tuple(also_right),
+        **chosen,
+    )
+
+
+def options_of(options: list | dict | str) -> list[str]:
+    """A record's options as texts; given as a list, as texts by letter, or as either in JSON (a field of a .csv)."""
+    if isinstance(options, str):
+        options = json.loads(options)
+    if isinstance(options, dict):
+        options = [options[letter] for letter in sorted(options)]
+    if not isinstance(options, list):
+        raise ValueError('"options" is neither a list nor texts by letter')
+    return [text(option) for option in options]
+
+
+def gold_of(row: dict, answer: Any, options: list[str]) -> int:
+    """The index of the right option, as the record says it."""
+    if row.get("gold") is not None:
+        return row["gold"]
+    if isinstance(answer, int) and str(answer) not in options and "gold" not in row:
+        return answer
+    answer = str(answer).strip()
+    if answer in LETTERS and answer not in options:
+        return LETTERS.index(answer)
+    return index_of(answer, options)
+
+
+def seconds(value: Any) -> float | None:
+    """A record's "start" or "end"; None if it has none."""
+    return None if value in (None, "") else float(value)
+
+
+def with_span(video: str | None, start: float | None, end: float | None) -> str | None:
+    """A video's name with the part of it that is meant: film.mp4#t=2.500,8.000"""
+    if not video or (start is None and end is None):
+        return video
+    start = start or 0
+    if "#t=" in video or not 0 <= start < (end or float("inf")):
+        raise ValueError('"start" and "end" name no span of the video, or "video" names one already')
+    until = "" if end is None else f"{end:.3f}"
+    return f"{video}#t={start:.3f},{until}"
+
+
+def csv_rows(path: Path) -> Iterator[tuple[str, dict]]:
+    """Pairs (where, record) of a .csv with our columns or WebVid's."""
     with open(path, encoding="utf-8-sig", newline="") as file:
-        for number, row in enumerate(csv.DictReader(file), 2):  # line 1 is the header
-            if None in row:
+        for number, fields in enumerate(csv.DictReader(file), 2):  # line 1 is the header
+            if None in fields:
                 raise ValueError(f"line {number} has more fields than the header: put texts with commas in quotes")
-            row = {key: value for key, value in row.items() if key and value}
+            row = {key: value for key, value in fields.items() if key and value}
             if "videoid" in row:  # WebVid: <page_dir>/<videoid>.mp4, the caption is called name
                 row = {"id": row["videoid"], "caption": row.get("name"), **row}
                 row["video"] = str(Path(row.get("page_dir", ""), f"{row['videoid']}.mp4"))
@@ -190,65 +292,95 @@ def csv_rows(path):
             yield f"line {number}", row
 
 
-def tar_rows(path, videos):
-    """Members of one KEY stand side by side, as webdataset asks; a KEY without a video is kept, to be told as bad."""
-    base = os.path.relpath(path, videos)
-    base = str(path.resolve()) if base.startswith("..") else base
+# --------------------------------------------------------------------------- shards
 
-    def row_of(key, parts):
-        found = {"id": key, "video": f"{base}/{key}" + next((s for s in VIDEO_SUFFIXES if s in parts), ".mp4")}
-        if ".json" in parts:
-            found = {**json.loads(parts[".json"]), **found}
-        return {**found, "caption": parts[".txt"].decode().strip()} if ".txt" in parts else found
 
+def tar_rows(path: Path, videos: str | Path) -> Iterator[tuple[str, dict]]:
+    """Pairs (where, record) of a shard; a KEY without a video is kept, to be told as bad."""
+    shard = os.path.relpath(path, videos)
+    if shard.startswith(".."):
+        shard = str(path.resolve())
     with tarfile.open(path) as tar:
-        last, parts = None, {}
-        for member in tar:
-            folder, _, name = member.name.rpartition("/")
-            stem, _, suffix = name.partition(".")
-            key = f"{folder}/{stem}".lstrip("/")
-            if not member.isfile() or not stem:
-                continue
-            if key != last and last is not None:
-                yield f"key {last}", row_of(last, parts)
-                parts = {}
-            last, suffix = key, f".{suffix.lower()}"
-            parts[suffix] = tar.extractfile(member).read() if suffix in (".txt", ".json") else b""
-        if last is not None:
-            yield f"key {last}", row_of(last, parts)
+        for key, parts in tar_keys(tar):
+            yield f"key {key}", tar_row(shard, key, parts)
 
 
-def file_of(path):
-    """The file on disk that holds a video: that of a span, or the .tar of a member."""
-    path = Path(split_span(path)[0])
-    return next((parent for parent in path.parents if parent.suffix == ".tar" and parent.is_file()), path)
+def tar_keys(tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """(KEY, {suffix: bytes}) of a shard, whose members of one KEY stand side by side, as webdataset asks."""
+    key, parts = None, {}
+    for member in tar:
+        folder, _, name = member.name.rpartition("/")
+        stem, _, suffix = name.partition(".")
+        if not member.isfile() or not stem:
+            continue
+
+        member_key = f"{folder}/{stem}".lstrip("/")
+        if member_key != key and key is not None:
+            yield key, parts
+            parts = {}
+        key = member_key
+        suffix = f".{suffix.lower()}"
+        is_text = suffix in (".txt", ".json")
+        parts[suffix] = tar.extractfile(member).read() if is_text else b""  # videos stay where they lie
+    if key is not None:
+        yield key, parts
+
+
+def tar_row(shard: str, key: str, parts: dict[str, bytes]) -> dict:
+    """The record of one KEY: what its .json says, and its .txt as the caption."""
+    suffix = next((suffix for suffix in VIDEO_SUFFIXES if suffix in parts), ".mp4")
+    row = json.loads(parts[".json"]) if ".json" in parts else {}
+    row |= {"id": key, "video": f"{shard}/{key}{suffix}"}
+    if ".txt" in parts:
+        row["caption"] = parts[".txt"].decode().strip()
+    return row
 
 
 @lru_cache(maxsize=4)
-def open_tar(path):
+def open_tar(path: Path) -> tuple[tarfile.TarFile, dict[str, tarfile.TarInfo]]:
     """A tar and where each of its members lies; kept open, because finding that out reads all of it."""
     tar = tarfile.open(path)
     return tar, {member.name: member for member in tar}
 
 
-def locate(samples, videos):
-    """Where a video lies in `videos` under another suffix or folder than its layout's, its name becomes that one."""
-    lost, lying = {s.video for s in samples if s.video and not file_of(Path(videos, s.video)).exists()}, {}
-    for path in Path(videos).rglob("*") if lost else ():
+# --------------------------------------------------------------------------- where videos lie
+
+
+def file_of(path: str | Path) -> Path:
+    """The file on disk that holds a video: that of a span, or the .tar of a member."""
+    path = Path(split_span(path)[0])
+    shards = (parent for parent in path.parents if parent.suffix == ".tar" and parent.is_file())
+    return next(shards, path)
+
+
+def locate(samples: list[Sample], videos: str | Path) -> list[Sample]:
+    """Where a video lies in `videos` under another suffix or folder than its layout's, its name becomes that one.
+
+    The samples themselves are changed. Two files of one name are not guessed at.
+    """
+    names = {sample.video for sample in samples if sample.video}
+    lost = {name for name in names if not file_of(Path(videos, name)).exists()}
+    if not lost:
+        return samples
+
+    lying = {}  # stem -> the files of that stem, relative to `videos`
+    for path in Path(videos).rglob("*"):
         if path.suffix.lower() in (*VIDEO_SUFFIXES, ".jpg"):
             lying.setdefault(path.stem, []).append(str(path.relative_to(videos)))
-    for s in samples:
-        if s.video in lost:
-            name = split_span(s.video)[0]
-            stem, span = Path(name).stem, s.video[len(name) :]
-            found = lying.get(stem) or lying.get(stem.removeprefix("v_"), ())  # some keep ActivityNet without its v_
-            s.video = found[0] + span if len(found) == 1 else s.video
+    for sample in samples:
+        if sample.video in lost:
+            film = split_span(sample.video)[0]
+            span = sample.video[len(film) :]
+            stem = Path(film).stem
+            files = lying.get(stem) or lying.get(stem.removeprefix("v_"), [])  # some keep ActivityNet without its v_
+            if len(files) == 1:
+                sample.video = files[0] + span
     return samples
 
 
 def videos_below(folder: Path) -> list[str]:
     """Names, relative to a folder, of all videos in it and its subfolders. VidReasonError if there are none."""
-    names = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES]
-    if not names:
+    files = [path for path in folder.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES]
+    if not files:
         raise VidReasonError(f"no videos ({folder}): name a folder that holds some")
-    return sorted(names)
+    return sorted(str(path.relative_to(folder)) for path in files)

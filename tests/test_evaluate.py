@@ -8,13 +8,14 @@ import sys
 import tarfile
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 import evaluate
+import evaluation.replies
+from data.benchmarks import BENCHMARKS
 from data.features import ORDERS, FeatureCache, encode_videos
 from data.records import Sample
 from evaluation.choice import yes_or_no
@@ -171,19 +172,19 @@ def test_features_of_a_control_are_no_features_of_the_video(model, tmp_path):
 
 
 def test_options_that_may_all_be_right_are_asked_one_by_one(model, tmp_path, monkeypatch):
-    sample = Sample("1", "v", "what moved?", "x", ["the red egg", "the blue box"], truths=(True, False))
+    sample = Sample("1", "v", "what moved?", "x", ["the red egg", "the blue box"], option_truths=(True, False))
     other = Sample("2", "v", "how many?", "two")
     asked = []
 
-    def replies(model, samples, features, protocol):
+    def replies(model, samples, features, protocol, prompts):
         asked.extend(s.question for s in samples)
         return [{"said": 0 if s.options else "two"} for s in samples]
 
-    monkeypatch.setattr(evaluate, "reply_to", replies)
+    monkeypatch.setattr(evaluation.replies, "reply_to", replies)
     found = ask(model, [sample, other], lambda video: None, "likelihood", tmp_path / "kept.jsonl")
     assert [f["said"] for f in found] == [[True, True], "two"]
     assert sorted(asked) == ["how many?", "what moved? the blue box: yes or no?", "what moved? the red egg: yes or no?"]
-    summary, items = score_predictions("clevrer", [sample], {"1": [True, False]})
+    summary, items = score_predictions(BENCHMARKS["clevrer"], [sample], {"1": [True, False]})
     assert summary["accuracy"] == 1 and summary["chance_accuracy"] == 0.25
     assert [yes_or_no(r) for r in ("Yes.", "B", 0, 1, "perhaps")] == [True, False, True, False, None]
 
@@ -192,36 +193,40 @@ def test_a_run_that_goes_on_asks_again_where_its_questions_changed(tmp_path, mon
     """As when a video that could not be read has been mended: whatever was kept of later batches belongs elsewhere."""
     samples, asked = [Sample(str(i), f"v{i}", f"q{i}", "a") for i in range(6)], []
 
-    def replies(model, samples, features, protocol):
+    def replies(model, samples, features, protocol, prompts):
         asked.extend(s.id for s in samples)
         return [{"said": s.question} for s in samples]
 
-    monkeypatch.setattr(evaluate, "reply_to", replies)
-    ask = lambda some: ask(None, some, lambda video: None, "direct", tmp_path / "kept.jsonl", batch=2)
-    assert [r["said"] for r in ask(samples[:2] + samples[3:])] == ["q0", "q1", "q3", "q4", "q5"]
+    monkeypatch.setattr(evaluation.replies, "reply_to", replies)
+
+    def said(some):
+        found = ask(None, some, lambda video: None, "direct", tmp_path / "kept.jsonl", batch=2)
+        return [reply["said"] for reply in found]
+
+    assert said(samples[:2] + samples[3:]) == ["q0", "q1", "q3", "q4", "q5"]
     del asked[:]
-    assert [r["said"] for r in ask(samples)] == [s.question for s in samples] and asked == ["2", "3", "4", "5"]
+    assert said(samples) == [s.question for s in samples] and asked == ["2", "3", "4", "5"]
     del asked[:]
-    assert [r["said"] for r in ask(samples)] == [s.question for s in samples] and not asked
+    assert said(samples) == [s.question for s in samples] and not asked
 
 
 def test_intervals_resample_films_not_their_spans():
     spans = [f"film{i % 3}.mp4#t={i},{i + 1}" for i in range(30)]
     samples = [Sample(str(i), video, "?", "a") for i, video in enumerate(spans)]
     right = [i % 3 == 0 for i in range(30)]
-    videos, _ = zip(*tally("jsonl", samples, right)["all"], strict=True)
+    videos, _ = zip(*tally(BENCHMARKS["jsonl"], samples, right)["all"], strict=True)
     assert set(videos) == {"film0.mp4", "film1.mp4", "film2.mp4"}
     assert interval(right, videos) == [0, 1]
 
 
 def test_a_limit_takes_both_questions_of_a_line_of_vcr():
     samples = [Sample(f"{i}/{which}", "v", "?", "a") for i in range(20) for which in ("answer", "rationale")]
-    few = evaluate.limited(SimpleNamespace(limit=7, benchmark="vcr"), samples)
+    few = evaluate.limited(BENCHMARKS["vcr"], samples, 7)
     lines = [s.id.split("/")[0] for s in few]
     assert len(few) == 8 and all(lines.count(line) == 2 for line in lines)
-    more = evaluate.limited(SimpleNamespace(limit=9, benchmark="vcr"), samples)
+    more = evaluate.limited(BENCHMARKS["vcr"], samples, 9)
     assert {s.id for s in few} < {s.id for s in more}
-    assert len(evaluate.limited(SimpleNamespace(limit=7, benchmark="tot"), samples)) == 7
+    assert len(evaluate.limited(BENCHMARKS["tot"], samples, 7)) == 7
 
 
 def test_a_written_choice_is_read_from_the_reply(model, monkeypatch, tmp_path):
@@ -231,7 +236,7 @@ def test_a_written_choice_is_read_from_the_reply(model, monkeypatch, tmp_path):
     monkeypatch.setattr(model, "answer_batch", batch)
     found = ask(model, samples, lambda video: None, "cot", tmp_path / "kept.jsonl")
     assert prompts[0].startswith("where?\nA: left\nB: right\n") and "step by step" in prompts[0]
-    summary, items = score_predictions("jsonl", samples, {s.id: f["said"] for s, f in zip(samples, found)})
+    summary, items = score_predictions(BENCHMARKS["jsonl"], samples, {s.id: f["said"] for s, f in zip(samples, found)})
     assert [i["read"] for i in items] == [1, 1, None] and summary["unparsed"] == 1 and summary["accuracy"] == 2 / 3
 
 
@@ -343,10 +348,10 @@ def test_a_summary_that_cannot_be_kept_is_refused_before_the_work(tmp_path, monk
         monkeypatch.setattr(sys, "argv", ["evaluate.py", "toy", *map(str, options)])
         evaluate.main()
 
-    monkeypatch.setattr(evaluate, "run_model", lambda args: pytest.fail("the work has begun"))
+    monkeypatch.setattr(evaluate, "run_model", lambda *args: pytest.fail("the work has begun"))
     (tmp_path / "other.json").write_text('{"variants": {}}')
     with pytest.raises(VidReasonError, match="no file of tables.*other.json"):
         called("--summary", tmp_path / "other.json")
     assert (tmp_path / "other.json").read_text() == '{"variants": {}}'
-    with pytest.raises(VidReasonError, match="--summary"):
+    with pytest.raises(VidReasonError, match="--ablations"):  # that is toy.ablations' own command
         called("--ablations", "--summary", tmp_path / "new.json")

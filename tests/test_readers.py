@@ -12,23 +12,23 @@ from pathlib import Path
 
 import pytest
 
-from data.benchmarks import READERS, as_asked, read_predictions, read_samples, split_weight
+from data.benchmarks import BENCHMARKS, as_asked, read_predictions, read_samples, split_weight
 from evaluation.score import score_predictions
 from vidreason import VidReasonError
 
 FIXTURES = Path(__file__).resolve().parent / "fixtures"
-NEXTQA, NEXTQA_OE = FIXTURES / "nextqa", FIXTURES / "nextqa_oe"
+NEXTQA, NEXTQA_OE, NEXTGQA = FIXTURES / "nextqa", FIXTURES / "nextqa_oe", FIXTURES / "nextgqa"
 ACTIVITYNET, VLM4D = FIXTURES / "activitynet_qa", FIXTURES / "vlm4d"
 RESULTS = VLM4D / "processed_outputs_paper_results"
 CLEVRER, HOLMES = FIXTURES / "clevrer" / "train-orig-small.json", FIXTURES / "video_holmes"
 
 
 def read(name, *paths):
-    return {s.id: s for s in READERS[name](paths)}
+    return {s.id: s for s in BENCHMARKS[name].read(paths)}
 
 
 def score(name, samples, predictions):
-    summary, items = score_predictions(name, list(samples.values()), predictions)
+    summary, items = score_predictions(BENCHMARKS[name], list(samples.values()), predictions)
     return summary, {item["id"]: item for item in items}
 
 
@@ -93,17 +93,38 @@ def test_of_two_equal_options_an_index_is_right_once_and_a_text_always():
 
 def test_nextqa_open_ended():
     samples = read("nextqa-oe", NEXTQA_OE / "test.csv")
-    assert len(samples) == 17 and samples["5772591393_4"].truths == ("turn its head",)
-    assert samples["4924794333_4"].truths == () and samples["4924794333_4"].category == "DB"
+    assert len(samples) == 17 and samples["5772591393_4"].also_right == ("turn its head",)
+    assert samples["4924794333_4"].also_right == () and samples["4924794333_4"].category == "DB"
     assert samples["5772591393_4"].video == "5772591393.mp4"  # no map beside the file
     predictions = {"5772591393_4": "turn its head", "7004238086_5": "sitting on the sofa", "4924794333_4": "yes"}
-    assert score_predictions("nextqa-oe", list(samples.values()), predictions)[0]["accuracy"] == 2 / 17
+    assert score("nextqa-oe", samples, predictions)[0]["accuracy"] == 2 / 17
 
 
 def test_nextqa_open_ended_result_file(tmp_path):
     """Hand-written in the layout of NExT-OE's results/*.json: {video: {qid: text}}."""
     path = write(tmp_path / "HGA.json", {"5772591393": {"4": "turn its head"}, "7004238086": {"0": ""}})
     assert read_predictions(path, "nextqa-oe") == {"5772591393_4": "turn its head", "7004238086_0": ""}
+
+
+# --------------------------------------------------------------------------- NExT-GQA
+
+
+def test_nextgqa_answers_are_texts(tmp_path):
+    """Fails if `answer` is taken for an index, or of two equal options (happy, happy) the second is the gold one.
+
+    The result file is hand-written in the layout of NExT-GQA's code/TempGQA/train/trainval_gdqa.py.
+    """
+    samples = read("nextgqa", NEXTGQA / "val.csv", NEXTGQA / "test.csv")
+    s = samples["10001787725_1"]
+    assert len(samples) == 13 + 17 and (s.gold, s.answer, s.category) == (4, "protect from falling", "CW")
+    assert s.video == "NExTVideo/1009/10001787725.mp4"
+    twice = samples["3842638015_4"]
+    assert twice.options[3:] == ["happy", "happy"] and twice.gold == 3
+    rows = {name: {"prediction": 4, "answer": 4} for name in ("10001787725_1", "3842638015_4")}
+    predictions = read_predictions(write(tmp_path / "res.json", rows), "nextgqa")
+    summary, items = score("nextgqa", samples, predictions)
+    assert items["10001787725_1"]["correct"] and not items["3842638015_4"]["correct"]
+    assert percent(summary)["C"][1] + percent(summary)["T"][1] == 30 and summary["missing"] == 28
 
 
 # --------------------------------------------------------------------------- ActivityNet-QA
@@ -136,18 +157,18 @@ def test_activitynetqa_free_are_the_types_from_3_on():
 
 def test_clevrer_options_are_right_or_wrong_each():
     samples = read("clevrer", CLEVRER)
-    assert [sum(s.truths) for s in samples.values()] == [1, 2, 0, 4, 3]
-    assert all(s.gold is None and len(s.truths) == len(s.options) == 4 for s in samples.values())
+    assert [sum(s.option_truths) for s in samples.values()] == [1, 2, 0, 4, 3]
+    assert all(s.gold is None and len(s.option_truths) == len(s.options) == 4 for s in samples.values())
     s = samples["9253_12"]
     assert (s.video, s.category) == ("video_09000-10000/video_09253.mp4", "explanatory")
-    assert s.truths == (False, True, False, False) and s.answer == "the presence of the metal cube"
+    assert s.option_truths == (False, True, False, False) and s.answer == "the presence of the metal cube"
     assert samples["7748_11"].answer == "none of them" and samples["7627_11"].answer.count(" and ") >= 3
 
 
 def test_clevrer_scores_per_option_and_per_question(tmp_path):
     """The result file is hand-written in the layout of CLEVRER's executor/get_results.py."""
     samples = read("clevrer", CLEVRER)
-    words = {name: ["correct" if t else "wrong" for t in s.truths] for name, s in samples.items()}
+    words = {name: ["correct" if t else "wrong" for t in s.option_truths] for name, s in samples.items()}
     words["3886_12"][0] = "correct"  # three options right
     words["4071_11"][3] = "error"  # what their executor writes where it fails: three right
     choices = {k: [{"choice_id": i, "answer": w} for i, w in enumerate(v)] for k, v in words.items()}
@@ -182,7 +203,7 @@ def test_clevrer_descriptive_questions_and_the_host_s_layout(tmp_path):
     samples = read("clevrer", write(tmp_path / "validation.json", [scene]))
     count, following = samples.values()
     assert count.video == "video_10000-11000/video_10007.mp4" and (count.answer, count.options) == ("2", None)
-    assert following.options == ["c0", "c1"] and following.truths == (True, False)
+    assert following.options == ["c0", "c1"] and following.option_truths == (True, False)
     summary, _ = score("clevrer", samples, {"10007_0": "2", "10007_1": ["correct", "correct"]})
     assert percent(summary)["descriptive"] == (100, 1)
     assert summary["by_type"]["predictive"]["per_option_accuracy"] == 0.5
@@ -331,12 +352,13 @@ def test_vlm4d_replies_to_older_questions(tmp_path):
     folder.mkdir()
     rows = json.loads((RESULTS / "real_mc_direct-output/deepseek-vl2_8frame.json").read_text())
     rows[0]["choices"] = dict(zip("ABCD", [*rows[0]["choices"].values()][::-1], strict=True))  # B is now "right"
-    path, now = write(folder / "old.json", rows), READERS["vlm4d"](VLM4D / "real_mc.json")
-    asked, changed = as_asked(now, path)
+    path, now = write(folder / "old.json", rows), BENCHMARKS["vlm4d"].read(VLM4D / "real_mc.json")
+    vlm4d = BENCHMARKS["vlm4d"]
+    asked, changed = as_asked(vlm4d, now, path)
     assert changed == ["real_validation_1"] and asked[1:] == now[1:] and asked[0].video == now[0].video
     predictions = read_predictions(path, "vlm4d")
-    assert not score_predictions("vlm4d", asked, predictions)[1][0]["correct"]
-    assert score_predictions("vlm4d", now, predictions)[1][0]["correct"]
+    assert not score_predictions(vlm4d, asked, predictions)[1][0]["correct"]
+    assert score_predictions(vlm4d, now, predictions)[1][0]["correct"]
 
 
 # --------------------------------------------------------------------------- Video-Holmes
@@ -373,7 +395,7 @@ def test_records_with_options(tmp_path):
         "text": 1, "letter": 1, "index": 1, "number": 2, "gold": 1, "open": None, "rest": None,
     }  # fmt: skip
     assert samples["number"].answer == "1" and samples["text"].category == "why"
-    assert samples["open"].truths == ("z",) and samples["open"].video == "a.mp4#t=1.000,2.500"
+    assert samples["open"].also_right == ("z",) and samples["open"].video == "a.mp4#t=1.000,2.500"
     assert samples["rest"].video == "a.mp4#t=1.000,"
     for span in ({"start": -1}, {"start": 2, "end": 1}, {"end": float("nan")}, {"video": "a.mp4#t=1", "start": 2}):
         with pytest.raises(VidReasonError, match="name no span of the video.*line 1"):
@@ -384,8 +406,8 @@ def test_ids_that_collide_become_distinct(tmp_path):
     row = {"video": "a.mp4", "question": "q", "answer": "a"}
     one = write(tmp_path / "one.jsonl", [{**row, "id": 1}, {**row, "id": 2}])
     two = write(tmp_path / "two.jsonl", [{**row, "id": 2}, {**row, "id": 3}, {**row, "id": 3}])
-    assert [s.id for s in READERS["jsonl"]([one, two])] == ["1", "one/2", "two/2", "two/3", "two/3#2"]
-    assert [s.id for s in READERS["jsonl"](two)] == ["2", "3", "3#2"]
+    assert [s.id for s in BENCHMARKS["jsonl"].read([one, two])] == ["1", "one/2", "two/2", "two/3", "two/3#2"]
+    assert [s.id for s in BENCHMARKS["jsonl"].read(two)] == ["2", "3", "3#2"]
 
 
 # --------------------------------------------------------------------------- mistakes, missing things, mixtures
