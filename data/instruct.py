@@ -25,7 +25,7 @@ from torchvision.io import encode_jpeg
 from tqdm import tqdm
 
 from data.endpoint import NoReply, chat
-from data.features import outcome_of
+from data.features import Unreadable, outcome_of
 from data.program import Parser, guarded, positive
 from data.records import videos_below
 from vidreason import PREDICT_PROMPT, REASON_PROMPT, VidReasonError, read_video
@@ -49,7 +49,7 @@ def show(path, frames):
     try:  # the middle of each of its equal parts; the centre square, for the student sees no more either
         _, times, pictures = read_video(path, frames, 1, 16, FRAME_SIDE)
     except VidReasonError as error:
-        return str(error)
+        return Unreadable(str(error))
     text = f"{TEACHER_PROMPT}\n\n{REPLY_FORM.format(frames, ', '.join(f'{t:.1f}' for t in times.flatten().tolist()))}"
     jpegs = (encode_jpeg(torch.from_numpy(picture).permute(2, 0, 1), quality=90).numpy() for picture in pictures)
     urls = (f"data:image/jpeg;base64,{b64encode(jpeg).decode()}" for jpeg in jpegs)
@@ -76,8 +76,8 @@ def ask_teacher(path, args, key, context, patience=300):
     """→ ("done", (explanation, prediction)) or ("unreadable" | "refused" | "failed", reason), and the tokens it took"""
     look = concurrent.process(timeout=patience, context=context)(show)  # some files hang or kill their decoder
     content, spent = outcome_of(look(path, args.frames), path, patience), np.zeros(2)
-    if isinstance(content, str):
-        return "unreadable", content, spent
+    if isinstance(content, Unreadable):
+        return "unreadable", content.reason, spent
     messages, why = [{"role": "user", "content": content}], ""
     try:
         for _ in range(ASKS):
