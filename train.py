@@ -1,7 +1,7 @@
 """Train the fusion core (stage 1), then the fusion core and LoRA adapters of the LLM (stage 2): §3.4 of the paper.
 
 Laptop, the toy world:
-    torchrun train.py --stage 1                    # captions; everything but the fusion core is frozen
+    torchrun train.py --stage 1                    # captions
     torchrun train.py --stage 2                    # questions and answers, from the newest stage-1 run
     torchrun --nproc_per_node 2 train.py --stage 1 # the same on two processes
 The videos are made first, as many as the run shows: few, for a short recipe. After `python -m toy.pretrain world`,
@@ -19,9 +19,13 @@ SLURM:
 Before renting any of them:
     python train.py --preset paper --plan --world_size 32
 
-Frozen vision is computed once, into --features; a video that cannot be read is named in bad_videos.jsonl and skipped
-on every rank. The loss is the mean over the target tokens of the global batch (Eq. 6), however many processes and
-micro-batches share it. The same command again goes on from the newest complete checkpoint in --output_dir.
+Frozen in stage 1: encoder, SAM and LLM; trained: the fusion core. Frozen in stage 2: encoder, SAM and the LLM's own
+weights; trained: the fusion core, and LoRA adapters beside the LLM's weights.
+
+What encoder and SAM see is computed once, into --features; a video that cannot be read is named in bad_videos.jsonl
+and skipped on every rank. The loss is the mean over the target tokens of the global batch (Eq. 6), however many
+processes and micro-batches share it. The same command again goes on from the newest complete checkpoint in
+--output_dir.
 """
 
 import os
@@ -31,14 +35,14 @@ import argparse
 import json
 import math
 import resource
-import shlex
 import shutil
 import sys
 import time
 import warnings
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -58,13 +62,14 @@ from transformers.utils.logging import disable_progress_bar
 from data.batches import Batches
 from data.benchmarks import read_samples
 from data.features import FeatureCache, encode_videos, report_bad, write_familiar
-from data.program import ROOT, TOY_MODEL, Parser, guarded, sha256, write_json
-from data.records import file_of
+from data.program import ROOT, TOY_MODEL, Parser, guarded, launcher, python, sha256, shown, write_json
+from data.records import Sample, file_of
 from plan import flops_per_token, matmul_ceiling, plan, print_plan
 from toy.videos import MP4_BYTES, make_training_world, sample_id, videos_in
 from vidreason import (
     CAPTION_PROMPT,
     PRESETS,
+    Config,
     VidReason,
     VidReasonError,
     read_config,
@@ -73,67 +78,76 @@ from vidreason import (
 TOY_DATA = ROOT / "runs" / "world" / "train"
 
 
-def option(help, default=None, **metadata):
+# --------------------------------------------------------------------------- settings
+
+
+def decisive(help: str, default=None, **metadata):
+    """An option that decides what a run results in: to go on from a checkpoint it must be the same (see agreed)."""
     return field(default=default, metadata={"help": help, **metadata})
+
+
+def free(help: str, default=None, **metadata):
+    """An option that may differ when a run goes on. Of --data and --init_from agreed() compares the contents."""
+    return field(default=default, compare=False, metadata={"help": help, **metadata})
 
 
 @dataclass
 class Settings:
-    stage: int = option("1: align the fusion core on captions; 2: instruction tuning with LoRA.", 1)
-    preset: str = option("Model sizes, and this stage's defaults.", "toy", choices=list(PRESETS))
+    stage: int = decisive("1: align the fusion core on captions; 2: instruction tuning with LoRA.", 1)
+    preset: str = decisive("Model sizes, and this stage's defaults.", "toy", choices=list(PRESETS))
     # what is trained on what
-    model: str | None = option("Directory of frozen parts; its config.json, if any, replaces the preset's sizes.")
-    encoder_weights: str | None = option("Weights of the video transformer: .safetensors, or ViCLIP's .pth.")
-    sam: str | None = option("Which Segment Anything: vit_b, vit_l, vit_h or toy.")
-    sam_weights: str | None = option("Its weights: .safetensors, or an official sam_vit_*.pth.")
-    llm: str | None = option("The LLM: a directory, or a hub id.")
-    init_from: str | None = option("Model directory whose fusion core stage 2 starts from (default: newest stage 1).")
-    data: list[str] | None = option(
+    model: str | None = free("Directory of frozen parts; its config.json, if any, replaces the preset's sizes.")
+    encoder_weights: str | None = decisive("Weights of the video transformer: .safetensors, or ViCLIP's .pth.")
+    sam: str | None = decisive("Which Segment Anything: vit_b, vit_l, vit_h or toy.")
+    sam_weights: str | None = decisive("Its weights: .safetensors, or an official sam_vit_*.pth.")
+    llm: str | None = decisive("The LLM: a directory, or a hub id.")
+    init_from: str | None = free("Model directory whose fusion core stage 2 starts from (default: newest stage 1).")
+    data: list[str] | None = free(
         "Files of records: .jsonl, .csv or .tar, or BENCHMARK:FILE (nextqa:train.csv), see data/records.py; FILE@2.5 "
         "shows its videos 2.5 times per epoch."
     )
-    videos: str | None = option("Folder that the records' video names are relative to.")
-    max_videos: int | None = option("Use the first so many videos of the data only.")
-    features: str | None = option(
+    videos: str | None = free("Folder that the records' video names are relative to.")
+    max_videos: int | None = decisive("Use the first so many videos of the data only.")
+    features: str | None = free(
         "Folder of Z_vision shards; missing ones are computed first (default: runs/features)."
     )
-    max_bad_fraction: float = option("Stop if more than this share of the videos cannot be read.", 0.01)
+    max_bad_fraction: float = free("Stop if more than this share of the videos cannot be read.", 0.01)
     # how
-    epochs: float | None = option("Passes over the videos.")
-    max_steps: int | None = option("Optimiser steps, in place of epochs.")
-    batch: int | None = option("Videos per optimiser step, over all processes.")
-    micro_batch: int | None = option("Videos per forward pass of one process (default: its whole share).")
-    pairs_per_video: int | None = option("Questions of one video that share a row.")
-    lr: float | None = option("Peak learning rate.")
-    lora_lr: float | None = option("Peak learning rate of the adapters (default: the same).")
-    muon_lr: float | None = option("If given, the fusion core's matrices are trained by Muon at this peak rate.")
-    warmup: float | None = option("Warm-up: steps if at least 1, else a share of the run.")
-    weight_decay: float | None = option("Of matrices; norms, biases and queries have none.")
-    text_share: float | None = option("Text-only records per video record in a batch (stage 2's replay).")
-    seed: int = option("Seed of initialisation and sample order.", 0)
+    epochs: float | None = decisive("Passes over the videos.")
+    max_steps: int | None = decisive("Optimiser steps, in place of epochs.")
+    batch: int | None = decisive("Videos per optimiser step, over all processes.")
+    micro_batch: int | None = free("Videos per forward pass of one process (default: its whole share).")
+    pairs_per_video: int | None = decisive("Questions of one video that share a row.")
+    lr: float | None = decisive("Peak learning rate.")
+    lora_lr: float | None = decisive("Peak learning rate of the adapters (default: the same).")
+    muon_lr: float | None = decisive("If given, the fusion core's matrices are trained by Muon at this peak rate.")
+    warmup: float | None = decisive("Warm-up: steps if at least 1, else a share of the run.")
+    weight_decay: float | None = decisive("Of matrices; norms, biases and queries have none.")
+    text_share: float | None = decisive("Text-only records per video record in a batch (stage 2's replay).")
+    seed: int = decisive("Seed of initialisation and sample order.", 0)
     # where and how fast
-    output_dir: str | None = option("Where log.jsonl, loss.png, checkpoints/ and model/ go (default: runs/stageN).")
-    save_every: int = option("Steps between checkpoints.", 200)
-    keep: int = option("How many of the newest checkpoints are kept.", 2)
-    restart: bool = option("Delete the checkpoints in --output_dir and begin anew.", False)
-    device: str = option("auto takes a GPU if there is one.", "auto", choices=["auto", "cpu", "cuda"])
-    precision: str = option(
+    output_dir: str | None = free("Where log.jsonl, loss.png, checkpoints/ and model/ go (default: runs/stageN).")
+    save_every: int = free("Steps between checkpoints.", 200)
+    keep: int = free("How many of the newest checkpoints are kept.", 2)
+    restart: bool = free("Delete the checkpoints in --output_dir and begin anew.", False)
+    device: str = free("auto takes a GPU if there is one.", "auto", choices=["auto", "cpu", "cuda"])
+    precision: str = decisive(
         "bf16 arithmetic, or fp32; auto: bf16 where the processor has it.", "auto", choices=["auto", "bf16", "fp32"]
     )
-    shard: str = option(
+    shard: str = free(
         "The frozen LLM: replicate it on every process, or full: shard it inside each machine; auto: replicate if it "
         "fits. What is trained is sharded over all processes either way.",
         "auto",
         choices=["auto", "replicate", "full"],
     )
-    checkpointing: bool = option("Recompute activations in the backward pass: less memory, a third more time.", False)
-    compile: bool = option("torch.compile the LLM's blocks.", False)
-    report_to: str | None = option("Also log to this.", choices=["tensorboard", "wandb"])
-    threads: int | None = option("CPU threads per process (default: its share of the cores).")
-    processes: int | None = option("Processes that compute missing features, per rank (default: cores, 4 per GPU).")
-    plan: bool = option("Say what a run would need (memory, hours, bytes), and stop.", False)
-    world_size: int = option("Number of GPUs that --plan reckons with.", 1)
-    mfu: float = option("Share of a GPU's peak that --plan reckons with.", 0.33)
+    checkpointing: bool = free("Recompute activations in the backward pass: less memory, a third more time.", False)
+    compile: bool = free("torch.compile the LLM's blocks.", False)
+    report_to: str | None = free("Also log to this.", choices=["tensorboard", "wandb"])
+    threads: int | None = free("CPU threads per process (default: its share of the cores).")
+    processes: int | None = free("Processes that compute missing features, per rank (default: cores, 4 per GPU).")
+    plan: bool = free("Say what a run would need (memory, hours, bytes), and stop.", False)
+    world_size: int = free("Number of GPUs that --plan reckons with.", 1)
+    mfu: float = free("Share of a GPU's peak that --plan reckons with.", 0.33)
 
 
 # The paper's values (§4.2.2) are those of "paper"; the toy's come from its validation split: the full recipe, and the
@@ -160,56 +174,107 @@ def recipe(settings: Settings) -> str:
     if settings.data:
         return "full"
     enough = DEFAULTS["full", settings.stage]["max_videos"]
-    return "full" if max(settings.max_videos or 0, videos_in(TOY_DATA)) >= enough else "short"
+    videos = max(settings.max_videos or 0, videos_in(TOY_DATA))
+    return "full" if videos >= enough else "short"
+
+
+# Settings are completed in two steps: complete() needs nothing but the command line, fit_to_processes() the processes
+# that were started. What is left is max_steps where epochs were given, which run() counts when it knows the videos.
 
 
 def complete(settings: Settings) -> Settings:
-    """Fill what was not given on the command line from the preset and stage."""
+    """Fill what was not given on the command line from the preset and stage. VidReasonError: it cannot be meant so."""
     if settings.stage not in (1, 2):
         raise VidReasonError(f"there is no stage {settings.stage} (--stage): choose 1 or 2; stage 0 is toy/pretrain.py")
-    toy = settings.preset == "toy"
-    defaults = DEFAULTS[recipe(settings), settings.stage]
+    defaults = dict(DEFAULTS[recipe(settings), settings.stage])
     if settings.epochs is not None or settings.max_steps is not None:  # one of them is enough
-        defaults = {k: v for k, v in defaults.items() if k not in ("epochs", "max_steps")}
-    settings = replace(settings, **{k: v for k, v in defaults.items() if getattr(settings, k) is None})
-    for (
-        name
-    ) in "batch micro_batch pairs_per_video max_steps max_videos threads processes save_every keep world_size".split():
-        if (value := getattr(settings, name)) is not None and value < 1:
+        defaults.pop("epochs", None)
+        defaults.pop("max_steps", None)
+    missing = {name: value for name, value in defaults.items() if getattr(settings, name) is None}
+    settings = replace(settings, **missing)
+    check(settings)
+    return with_places(settings)
+
+
+COUNTS = (
+    "batch", "micro_batch", "pairs_per_video", "max_steps", "max_videos", "threads", "processes",
+    "save_every", "keep", "world_size",
+)  # fmt: skip
+FROZEN_PARTS = ("encoder_weights", "sam", "sam_weights", "llm")  # settings that say where they come from
+
+
+def check(settings: Settings):
+    for name in COUNTS:
+        value = getattr(settings, name)
+        if value is not None and value < 1:
             raise VidReasonError(f"{value} is too few (--{name}): give at least 1")
-    if not toy and not settings.plan and not (settings.data and settings.videos):
+    has_data = settings.preset == "toy" or (settings.data and settings.videos)
+    if not has_data and not settings.plan:
         raise VidReasonError(f"preset {settings.preset} has no data of its own (--data, --videos): name yours")
-    parts = ("encoder_weights", "sam", "sam_weights", "llm")
-    if settings.stage == 2 and (given := [name for name in parts if getattr(settings, name)]):
+    given = [name for name in FROZEN_PARTS if getattr(settings, name)]
+    if settings.stage == 2 and given:
         raise VidReasonError(
             f"stage 2 takes its frozen parts from --init_from (--{given[0]}): change the config.json there"
         )
-    names = ["captions.jsonl"] if settings.stage == 1 else ["samples.jsonl", "captions.jsonl", "text.jsonl"]
+
+
+def with_places(settings: Settings) -> Settings:
+    """Where data come from and results go, if it was not said: the toy world, and runs/."""
+    toy_model = str(TOY_MODEL) if settings.preset == "toy" else None
+    records = ["captions.jsonl"]
+    if settings.stage == 2:
+        records = ["samples.jsonl", "captions.jsonl", "text.jsonl"]
     return replace(
         settings,
-        model=settings.model or (str(TOY_MODEL) if toy else None),
-        data=settings.data or [str(TOY_DATA / n) for n in names],
+        model=settings.model or toy_model,
+        data=settings.data or [str(TOY_DATA / name) for name in records],
         videos=settings.videos or str(TOY_DATA),
         features=settings.features or str(ROOT / "runs" / "features"),
         output_dir=settings.output_dir or str(ROOT / "runs" / f"stage{settings.stage}"),
     )
 
 
-def config_of(settings):
-    """→ (Config, directory that its relative paths start at)"""
+def fit_to_processes(settings: Settings, device: torch.device, cores: int) -> Settings:
+    """Fill what depends on the processes of this run. cores: the share of this process. VidReasonError: rows that they
+    cannot share, or no stage 1 that stage 2 could start from."""
+    texts = round(settings.batch * settings.text_share)
+    for name, rows in (("batch", settings.batch), ("text_share", texts)):
+        if rows % world():
+            raise VidReasonError(f"{rows} rows cannot be shared by {world()} processes (--{name}): give a multiple")
+    share = settings.batch // world()
+    readers = min(4, cores) if device.type == "cuda" else cores
+    return replace(
+        settings,
+        micro_batch=min(settings.micro_batch or share, share),
+        processes=settings.processes or readers,
+        init_from=str(newest_stage1(settings)) if settings.stage == 2 else settings.init_from,
+    )
+
+
+def config_of(settings: Settings) -> tuple[Config, Path]:
+    """-> (Config, directory that its relative paths start at)"""
     directory = Path(settings.model or ".")
-    sized = settings.model and (not directory.is_dir() or (directory / "config.json").exists())
-    config = read_config(directory) if sized else PRESETS[settings.preset]
-    given = {name: getattr(settings, name) for name in ("encoder_weights", "sam", "sam_weights", "llm")}
-    here = lambda value: str(Path(value).resolve()) if Path(value).exists() else value
-    return replace(config, **{name: here(value) for name, value in given.items() if value}), directory
+    config = PRESETS[settings.preset]
+    if settings.model and (not directory.is_dir() or (directory / "config.json").exists()):
+        config = read_config(directory)  # which says so if there is no such directory
+    given = {}
+    for name in FROZEN_PARTS:
+        value = getattr(settings, name)
+        if value and Path(value).exists():
+            value = str(Path(value).resolve())
+        if value:
+            given[name] = value
+    return replace(config, **given), directory
 
 
 # --------------------------------------------------------------------------- the model, on one process or many
 
 
-def build(settings, device, dtype):
-    """The model with what this stage trains: a new fusion core (stage 1), or that of a stage-1 run and new adapters."""
+def build(settings: Settings, device: torch.device, dtype: torch.dtype) -> VidReason:
+    """The model with what this stage trains: a new fusion core (stage 1), or that of a stage-1 run and new adapters.
+
+    All else is frozen, see VidReason.freeze: encoder, SAM and the LLM's own weights, in stage 2 as in stage 1.
+    """
     torch.manual_seed(settings.seed)
     if settings.stage == 1:
         model = VidReason.create(*config_of(settings), dtype=dtype)
@@ -222,106 +287,151 @@ def build(settings, device, dtype):
     if settings.checkpointing:
         model.llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.llm.train()  # transformers recomputes in this mode only; the LLMs of our presets have no dropout
-    model.fusion.to(device), model.llm.to(device)  # encoder and SAM have done their work: Z_vision is cached
+    model.fusion.to(device)
+    model.llm.to(device)  # encoder and SAM have done their work: Z_vision is cached
     return model
 
 
 def newest_stage1(settings: Settings) -> Path:
     """The model directory that stage 2 starts from. VidReasonError: there is none, or it is not one."""
-    runs = sorted(Path(ROOT / "runs").glob("stage1*/model/fusion.safetensors"), key=lambda p: p.stat().st_mtime)
-    if not settings.init_from and not runs:
-        raise VidReasonError(
-            "no stage-1 run to start from (runs/): run `python train.py --stage 1` first, or give --init_from"
+    if settings.init_from:
+        directory = Path(settings.init_from)
+    else:
+        fusion_cores = sorted(
+            (ROOT / "runs").glob("stage1*/model/fusion.safetensors"), key=lambda path: path.stat().st_mtime
         )
-    found = Path(settings.init_from) if settings.init_from else runs[-1].parent
-    read_config(found)
-    return found
+        if not fusion_cores:
+            raise VidReasonError(
+                "no stage-1 run to start from (runs/): run `python train.py --stage 1` first, or give --init_from"
+            )
+        directory = fusion_cores[-1].parent
+    read_config(directory)
+    return directory
 
 
-def parallelise(model, settings, device):
-    """FSDP2 with the whole model as root, because its forward looks the words up.
+def parallelise(model: VidReason, settings: Settings, device: torch.device) -> str:
+    """FSDP2 with the whole model as root, because its forward looks the words up. -> how it was done, in words
 
     What is trained is sharded over all processes, in fp32, and used in bf16 on GPUs. Sharding the frozen LLM is a
     question of bandwidth: every micro-batch gathers it twice, so it is replicated where it fits and else sharded
     inside each machine only, block by block.
     """
-    llm_bytes = sum(p.numel() * p.element_size() for p in model.llm.parameters() if not p.requires_grad)
-    room = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else math.inf
-    full = settings.shard == "full" or (settings.shard == "auto" and llm_bytes > 0.4 * room)
-    machines = max(1, world() // int(os.environ.get("LOCAL_WORLD_SIZE", world())))
-    shape = (machines, world() // machines) if full and machines > 1 else (world(),)
-    mesh = init_device_mesh(device.type, shape, mesh_dim_names=("machines", "gpus")[-len(shape) :])
-    bf16 = torch.bfloat16 if device.type == "cuda" and uses_bf16(settings, device) else None
-    policy = MixedPrecisionPolicy(param_dtype=bf16, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    outside = {*model.encoder.parameters(), *model.sam.parameters()}
-    if full:
+    shard_llm = settings.shard == "full" or (settings.shard == "auto" and not fits_in_memory(model.llm, device))
+    mesh = mesh_of_processes(device, inside_machines=shard_llm)
+    bf16 = device.type == "cuda" and uses_bf16(settings, device)
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+
+    not_sharded = {*model.encoder.parameters(), *model.sam.parameters()}
+    if shard_llm:
         for block in model.llm.get_decoder().layers:
             fully_shard(block, mesh=mesh, mp_policy=policy)
     else:
-        outside |= {p for p in model.llm.parameters() if not p.requires_grad}
-    fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=outside)
+        not_sharded |= {p for p in model.llm.parameters() if not p.requires_grad}
+    fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=not_sharded)
+
     for module in model.modules():
         if isinstance(module, FSDPModule):  # gradients are sums over ranks: train_step divides by the global count
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-    return f"sharded over {shape} ({'with' if full else 'without'} the LLM)"
+    return f"sharded over {tuple(mesh.shape)} ({'with' if shard_llm else 'without'} the LLM)"
 
 
-def build_optimizers(model, settings):
+def fits_in_memory(llm: nn.Module, device: torch.device) -> bool:
+    """Whether each GPU has room for all of the LLM's frozen weights beside what else a step needs."""
+    if device.type != "cuda":
+        return True
+    frozen = [p for p in llm.parameters() if not p.requires_grad]
+    size = sum(p.numel() * p.element_size() for p in frozen)
+    return size <= 0.4 * torch.cuda.get_device_properties(device).total_memory
+
+
+def mesh_of_processes(device: torch.device, inside_machines: bool):
+    """All processes in one row; or, to shard inside each machine only, a row for each of several machines."""
+    machines = max(1, world() // int(os.environ.get("LOCAL_WORLD_SIZE", world())))
+    if inside_machines and machines > 1:
+        shape = (machines, world() // machines)
+        return init_device_mesh(device.type, shape, mesh_dim_names=("machines", "gpus"))
+    return init_device_mesh(device.type, (world(),), mesh_dim_names=("gpus",))
+
+
+def build_optimizers(model: VidReason, settings: Settings) -> list[torch.optim.Optimizer]:
     """AdamW: weight decay on matrices only, the adapters at their own rate. Muon, if asked for: the core's matrices."""
-    groups, matrices = {}, []
+    by_rate_and_decay = {}
+    for_muon = []
     for name, p in model.named_parameters():
-        if p.requires_grad and settings.muon_lr and name.startswith("fusion.layers") and p.ndim == 2:
-            matrices.append(p)
-        elif p.requires_grad:
-            decay = settings.weight_decay if p.ndim == 2 and not name.endswith("queries") else 0.0
-            lr = settings.lora_lr or settings.lr if "lora_" in name else settings.lr
-            groups.setdefault((lr, decay), []).append(p)
-    groups = [{"params": ps, "lr": lr, "peak": lr, "weight_decay": decay} for (lr, decay), ps in groups.items()]
+        if not p.requires_grad:
+            continue
+        is_matrix = p.ndim == 2 and not name.endswith("queries")  # N_q vectors beside each other are no matrix
+        if settings.muon_lr and name.startswith("fusion.layers") and is_matrix:
+            for_muon.append(p)
+            continue
+        lr = settings.lr
+        if "lora_" in name:
+            lr = settings.lora_lr or settings.lr
+        decay = settings.weight_decay if is_matrix else 0.0
+        by_rate_and_decay.setdefault((lr, decay), []).append(p)
+
+    groups = []
+    for (lr, decay), parameters in by_rate_and_decay.items():
+        groups.append({"params": parameters, "lr": lr, "peak": lr, "weight_decay": decay})
     optimizers = [torch.optim.AdamW(groups, betas=(0.9, 0.98))]
-    if matrices:
-        group = {"params": matrices, "peak": settings.muon_lr}
+    if for_muon:
+        group = {"params": for_muon, "peak": settings.muon_lr}
         optimizers.append(torch.optim.Muon([group], lr=settings.muon_lr, weight_decay=settings.weight_decay))
     return optimizers
 
 
-def describe(model, settings, notes):
+def describe(model: VidReason, settings: Settings, notes: list[str]):
     """What is frozen, trained, loaded and new: printed before step 1."""
-    c, where = model.config, model.directory
+    config, directory = model.config, model.directory
     origin = {
-        "encoder": f"from {Path(where, c.encoder_weights)}",
-        "sam": f"{c.sam} from {Path(where, c.sam_weights)}",
-        "fusion": "new" if settings.stage == 1 else f"from {where}",
-        "llm": f"from {c.llm}" + (f", new LoRA adapters of rank {c.lora_rank}" if settings.stage == 2 else ""),
+        "encoder": f"from {Path(directory, config.encoder_weights)}",
+        "sam": f"{config.sam} from {Path(directory, config.sam_weights)}",
+        "fusion": "new",
+        "llm": f"from {config.llm}",
     }
+    if settings.stage == 2:
+        origin["fusion"] = f"from {directory}"
+        origin["llm"] += f", new LoRA adapters of rank {config.lora_rank}"
     for part, source in origin.items():
-        parameters = list(getattr(model, part).parameters())
-        total, trained = (sum(p.numel() for p in ps) for ps in (parameters, [p for p in parameters if p.requires_grad]))
-        state = "frozen" if not trained else "trained" if trained == total else f"{trained / 1e6:.2f} M trained"
-        print(f"  {part:8s}{total / 1e6:9.2f} M parameters, {state}; {source}")
+        sizes = {True: 0, False: 0}  # of what is trained, of what is frozen
+        for p in getattr(model, part).parameters():
+            sizes[p.requires_grad] += p.numel()
+        state = f"{sizes[True] / 1e6:.2f} M trained"
+        if not sizes[True]:
+            state = "frozen"
+        elif not sizes[False]:
+            state = "trained"
+        print(f"  {part:8s}{sum(sizes.values()) / 1e6:9.2f} M parameters, {state}; {source}")
     print(*(f"  {note}" for note in notes), sep="\n", flush=True)
 
 
 # --------------------------------------------------------------------------- one step
 
 
-def world():
+def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def rank():
+def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def total(value, device):
-    """Sum over all processes."""
+def barrier(group=None):
+    if world() > 1:
+        dist.barrier(group)
+
+
+def sum_over_processes(value: float, device: torch.device) -> float:
     value = torch.tensor(value, dtype=torch.float64, device=device)
     if world() > 1:
         dist.all_reduce(value)
     return value.item()
 
 
-def schedule(step, settings):
+def schedule(step: int, settings: Settings) -> float:
     """Linear warm-up, then a cosine to zero: the factor of the learning rate."""
     warmup = settings.warmup if settings.warmup >= 1 else settings.warmup * settings.max_steps
     if step < warmup:
@@ -329,7 +439,7 @@ def schedule(step, settings):
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, settings.max_steps - warmup)))
 
 
-def uses_bf16(settings, device):
+def uses_bf16(settings: Settings, device: torch.device) -> bool:
     """As asked for; by itself on GPUs that have it, and on CPUs with avx512_bf16, which multiply it faster."""
     if settings.precision != "auto":
         return settings.precision == "bf16"
@@ -340,38 +450,59 @@ def uses_bf16(settings, device):
 
 
 @contextmanager
-def arithmetic(settings, device):
+def arithmetic(settings: Settings, device: torch.device):
     """The precision of a step; on a CPU unfused attention, because the fused backward is slow there."""
     attention = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
     with attention, torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(settings, device)):
         yield
 
 
-def train_step(model, optimizers, micro, settings, device):
-    """One optimiser step: Eq. 6 divided by all target tokens of the global batch → (loss, gradient norm, tokens)."""
+def target_tokens_of_the_global_batch(micro_batches: list, device: torch.device) -> float:
+    """Tokens that Eq. 6 sums over, in all micro-batches of all processes: every loss of the step is divided by it."""
+    own = sum(len(packed.targets) for packed, _ in micro_batches)
+    return sum_over_processes(own, device)
+
+
+def train_step(model, optimizers, micro_batches, settings, device) -> tuple[float, float, int]:
+    """One optimiser step on Batches.step's rows: Eq. 6 as the mean over the target tokens of the global batch.
+
+    -> (loss, norm of the gradient before it was clipped, target tokens)
+    """
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
-    tokens, nll_sum = total(sum(len(packed.targets) for packed, _ in micro), device), 0.0
-    for i, (packed, vision) in enumerate(micro):
+
+    target_tokens = target_tokens_of_the_global_batch(micro_batches, device)
+    nll_sum = 0.0
+    for i, (packed, vision) in enumerate(micro_batches):
         if isinstance(model, FSDPModule):
-            model.set_requires_gradient_sync(i == len(micro) - 1)  # gradients meet once per step
+            model.set_requires_gradient_sync(i == len(micro_batches) - 1)  # gradients meet once per step
         vision = [tensor.to(device, non_blocking=True) for tensor in vision or ()]
         with arithmetic(settings, device):
             nll, _ = model(packed.to(device), *vision)
-        (nll / tokens).backward()
+        # Before the backward pass, and by the count of all: gradients are only ever added, over micro-batches here and
+        # over processes by FSDP, so that their sum is the gradient of the global mean. Means of each micro-batch would
+        # weigh a token by how few others came with it.
+        (nll / target_tokens).backward()
         nll_sum += nll.detach().double()
-    trained = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+
+    trained = []
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            trained += group["params"]
     norm = nn.utils.clip_grad_norm_(trained, 1.0)
     for optimizer in optimizers:
         optimizer.step()
-    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-    return total(nll_sum.item(), device) / tokens, norm.item(), int(tokens)
+
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
+    loss = sum_over_processes(nll_sum.item(), device) / target_tokens
+    return loss, norm.item(), int(target_tokens)
 
 
 # --------------------------------------------------------------------------- checkpoints
 
 
-def training_state(model, optimizers):
+def training_state(model: VidReason, optimizers: list) -> dict[str, torch.Tensor]:
     """Everything that a step changes, by name: tensors only, so that a checkpoint is safetensors and no pickle.
 
     The schedule, the sample order and the state of the random generators follow from the step.
@@ -380,26 +511,29 @@ def training_state(model, optimizers):
     state = {f"model.{name}": p.detach() for p, name in names.items()}
     for optimizer in optimizers:
         for p, moments in optimizer.state.items():
-            state |= {f"optimizer.{names[p]}.{key}": value for key, value in moments.items()}
+            for key, value in moments.items():
+                state[f"optimizer.{names[p]}.{key}"] = value
     return state
 
 
-def agreed(settings, batches):
-    """What must be the same for a resumed run to be the same run."""
-    free = "output_dir features save_every keep restart device shard checkpointing compile report_to threads processes"
-    free += " plan world_size mfu max_bad_fraction micro_batch data videos model init_from"
-    fixed = {k: v for k, v in asdict(settings).items() if k not in free.split()}
+def agreed(settings: Settings, batches: Batches) -> dict:
+    """What must be the same for a resumed run to be the same run: decisive options, the data, stage 2's start."""
+    agreement = {}
+    for option in fields(settings):
+        if option.compare:
+            agreement[option.name] = getattr(settings, option.name)
     if settings.stage == 2:
-        fixed["start"] = start_of(settings.init_from)
-    return {**fixed, "data": batches.digest()}
+        agreement["start"] = start_of(settings.init_from)
+    agreement["data"] = batches.digest()
+    return agreement
 
 
-def start_of(model_dir) -> str:
+def start_of(model_dir: Path | str) -> str:
     """The fusion core that a stage 2 starts from, as a hash."""
     return sha256(Path(model_dir, "fusion.safetensors"))[:16]
 
 
-def save_checkpoint(model, optimizers, out, step, keep, agreement):
+def save_checkpoint(model, optimizers, out: Path, step: int, keep: int, agreement: dict):
     """checkpoints/step-N: written aside, renamed when complete, and only then are older ones deleted."""
     final = out / "checkpoints" / f"step-{step:08d}"
     aside = final.with_suffix(".partial")
@@ -417,13 +551,17 @@ def save_checkpoint(model, optimizers, out, step, keep, agreement):
             shutil.rmtree(old)
 
 
-def complete_checkpoints(out):
+def complete_checkpoints(out: Path) -> list[Path]:
     """Oldest first; what a killed save left behind ends in .partial."""
-    return sorted(p for p in Path(out, "checkpoints").glob("step-*") if p.suffix != ".partial")
+    folders = Path(out, "checkpoints").glob("step-*")
+    return sorted(folder for folder in folders if folder.suffix != ".partial")
 
 
-def resume(model, optimizers, out, agreement, restart):
-    """Load the newest complete checkpoint, if any → the number of steps that are done."""
+def resume(model, optimizers, out: Path, agreement: dict, restart: bool) -> int:
+    """Load the newest complete checkpoint, if any -> the number of steps that are done.
+
+    VidReasonError: it is another run's, it cannot be read, or it holds other tensors than this run trains.
+    """
     if rank() == 0:
         for leftover in out.glob("checkpoints/step-*" if restart else "checkpoints/*.partial"):
             shutil.rmtree(leftover)
@@ -432,93 +570,97 @@ def resume(model, optimizers, out, agreement, restart):
     if not checkpoints:
         return 0
     newest = checkpoints[-1]
-    before = json.loads((newest / "run.json").read_text())
-    differing = [f"{k} was {before.get(k)}, is {v}" for k, v in agreement.items() if before.get(k) != v]
-    advice = "give the same settings, another --output_dir, or --restart to begin anew"
-    if differing:
-        raise VidReasonError(f"this is another run: {', '.join(differing)} ({newest}): {advice}")
+    refuse_another_run(newest, agreement)
     allocate_moments(optimizers)
-    state, reader = training_state(model, optimizers), dcp.HuggingFaceStorageReader(str(newest))
+    state = training_state(model, optimizers)
+    reader = dcp.HuggingFaceStorageReader(str(newest))
+    refuse_other_tensors(newest, reader, state)
+    dcp.load(state, storage_reader=reader, no_dist=not dist.is_initialized())
+    return int(newest.name.removeprefix("step-"))
+
+
+WAY_OUT = "give the same settings, another --output_dir, or --restart to begin anew"
+
+
+def refuse_another_run(checkpoint: Path, agreement: dict):
+    before = json.loads((checkpoint / "run.json").read_text())
+    differing = []
+    for name, value in agreement.items():
+        if before.get(name) != value:
+            differing.append(f"{name} was {before.get(name)}, is {value}")
+    if differing:
+        raise VidReasonError(f"this is another run: {', '.join(differing)} ({checkpoint}): {WAY_OUT}")
+
+
+def refuse_other_tensors(checkpoint: Path, reader, state: dict[str, torch.Tensor]):
     try:
-        found = reader.read_metadata().state_dict_metadata
+        metadata = reader.read_metadata().state_dict_metadata
     except Exception as error:  # whatever a damaged file makes safetensors, JSON and torch say
         raise VidReasonError(
-            f"checkpoint cannot be read: {error} ({newest}): delete it to go on from the one before"
+            f"checkpoint cannot be read: {error} ({checkpoint}): delete it to go on from the one before"
         ) from error
-    theirs = {k: (tuple(v.size), v.properties.dtype) for k, v in found.items()}
-    ours = {k: (tuple(v.shape), v.dtype) for k, v in state.items()}
-    differing = [f"missing {k}" for k in ours.keys() - theirs] + [f"unexpected {k}" for k in theirs.keys() - ours]
-    differing += [f"{k} is {theirs[k]}, not {ours[k]}" for k in ours.keys() & theirs if theirs[k] != ours[k]]
+    theirs = {key: (tuple(tensor.size), tensor.properties.dtype) for key, tensor in metadata.items()}
+    ours = {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in state.items()}
+    differing = [f"missing {key}" for key in ours.keys() - theirs]
+    differing += [f"unexpected {key}" for key in theirs.keys() - ours]
+    for key in ours.keys() & theirs:
+        if theirs[key] != ours[key]:
+            differing.append(f"{key} is {theirs[key]}, not {ours[key]}")
     if differing:
-        raise VidReasonError(f"checkpoint does not fit: {', '.join(sorted(differing))} ({newest}): {advice}")
-    dcp.load(state, storage_reader=reader, no_dist=not dist.is_initialized())
-    return int(newest.name[5:])
+        raise VidReasonError(f"checkpoint does not fit: {', '.join(sorted(differing))} ({checkpoint}): {WAY_OUT}")
 
 
-def allocate_moments(optimizers):
+def allocate_moments(optimizers: list):
     """Optimisers make their moments in their first step; one with rate and gradients zero changes nothing else."""
     for optimizer in optimizers:
+        rates = [group["lr"] for group in optimizer.param_groups]
         for group in optimizer.param_groups:
-            rate, group["lr"] = group["lr"], 0.0
+            group["lr"] = 0.0
             for p in group["params"]:
                 p.grad = torch.zeros_like(p)
-            group["rate"] = rate
         optimizer.step()
         optimizer.zero_grad()
-        for group in optimizer.param_groups:
-            group["lr"] = group.pop("rate")
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
 
 
-def barrier(group=None):
-    if world() > 1:
-        dist.barrier(group)
-
-
-def save_model(model, out):
+def save_model(model: VidReason, out: Path):
     """The model directory that infer.py reads, by rank 0, from the shards of all."""
     state = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
-            state[name] = p.full_tensor().cpu() if isinstance(p, DTensor) else p.detach().cpu()
+            whole = p.full_tensor() if isinstance(p, DTensor) else p.detach()
+            state[name] = whole.cpu()
     if rank() == 0:
         model.save(out / "model", parts=("fusion", "lora"), state=state)
 
 
-# --------------------------------------------------------------------------- one run
+# --------------------------------------------------------------------------- the log of a run
 
 
 class Log:
     """log.jsonl (one object per step), the progress bar, TensorBoard or W&B: on rank 0."""
 
-    def __init__(self, out, settings, done):
-        self.path, self.writer = out / "log.jsonl", None
-        lines = self.path.read_text().splitlines(keepends=True)[:done] if done and self.path.exists() else []
-        self.path.write_text("".join(lines))  # steps after the checkpoint are done again
+    def __init__(self, out: Path, settings: Settings, done: int):
+        self.path = out / "log.jsonl"
+        kept = []
+        if done and self.path.exists():
+            kept = self.path.read_text().splitlines(keepends=True)[:done]
+        self.path.write_text("".join(kept))  # steps after the checkpoint are done again
         self.file = open(self.path, "a")
         self.bar = tqdm(total=settings.max_steps, initial=done, desc=f"stage {settings.stage}", mininterval=2)
-        try:
-            if settings.report_to == "tensorboard":
-                from torch.utils.tensorboard import SummaryWriter
+        self.report = reporter(settings, out, done)
 
-                writer = SummaryWriter(out / "tensorboard", purge_step=done)
-                self.writer = lambda step, row: [writer.add_scalar(k, v, step) for k, v in row.items()]
-            elif settings.report_to == "wandb":
-                import wandb
-
-                run = wandb.init(project="vidreason", dir=out, config=asdict(settings))
-                self.writer = lambda step, row: run.log(row, step=step)
-        except ImportError as error:
-            what = settings.report_to
-            raise VidReasonError(f"{what} is not installed (--report_to): pip install {what}") from error
-
-    def write(self, step, row):
+    def write(self, step: int, row: dict):
         self.file.write(json.dumps({"step": step, **row}) + "\n")
         self.file.flush()
         self.bar.update()
-        memory = f"{row['memory_gib']:.1f} GiB" + (f", MFU {row['mfu']:.2f}" if "mfu" in row else "")
+        memory = f"{row['memory_gib']:.1f} GiB"
+        if "mfu" in row:
+            memory += f", MFU {row['mfu']:.2f}"
         self.bar.set_postfix_str(f"loss {row['loss']:.3f}, {row['tokens_per_s']:.0f} target tokens/s, {memory}")
-        if self.writer:
-            self.writer(step, row)
+        if self.report:
+            self.report(step, row)
 
     def close(self):
         self.file.close()
@@ -526,94 +668,155 @@ class Log:
         plot(self.path)
 
 
-def plot(path):
+def reporter(settings: Settings, out: Path, done: int) -> Callable[[int, dict], None] | None:
+    """What takes each row of the log, too, if --report_to asks for it."""
+    package = settings.report_to
+    try:
+        if package == "tensorboard":
+            return tensorboard(out, done)
+        if package == "wandb":
+            return wandb_run(out, settings)
+    except ImportError as error:
+        raise VidReasonError(f"{package} is not installed (--report_to): pip install {package}") from error
+    return None
+
+
+def tensorboard(out: Path, done: int):
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(out / "tensorboard", purge_step=done)
+
+    def report(step, row):
+        for name, value in row.items():
+            writer.add_scalar(name, value, step)
+
+    return report
+
+
+def wandb_run(out: Path, settings: Settings):
+    import wandb
+
+    run_there = wandb.init(project="vidreason", dir=out, config=asdict(settings))
+
+    def report(step, row):
+        run_there.log(row, step=step)
+
+    return report
+
+
+def plot(path: Path):
     """loss.png beside log.jsonl."""
     from matplotlib.figure import Figure  # pyplot would choose how the whole process draws
 
-    log = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    steps = [row["step"] for row in rows]
+    losses = [row["loss"] for row in rows]
+    window = max(1, len(rows) // 50)
+    smooth = np.convolve(losses, np.ones(window) / window, "valid")
+
     figure = Figure(figsize=(7, 4))
     axes = figure.subplots()
-    axes.plot([x["step"] for x in log], [x["loss"] for x in log], lw=0.5, color="0.6", label="each step")
-    window = max(1, len(log) // 50)
-    smooth = np.convolve([x["loss"] for x in log], np.ones(window) / window, "valid")
-    axes.plot(range(window, len(log) + 1), smooth, "k", label=f"mean of {window}")
+    axes.plot(steps, losses, lw=0.5, color="0.6", label="each step")
+    axes.plot(range(window, len(rows) + 1), smooth, "k", label=f"mean of {window}")
     axes.set(xlabel="step", ylabel="loss, nats per target token", yscale="log")
     axes.legend()
     figure.savefig(path.with_name("loss.png"), dpi=120, bbox_inches="tight")
 
 
-def memory_gib(device):
+def memory_gib(device: torch.device) -> float:
     """The peak so far: of the GPU, or of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
 
 
-def train(model, batches, optimizers, settings, device, out, begin, agreement):
-    """Steps `begin` … max_steps; while one runs, a thread prepares the next batch."""
+# --------------------------------------------------------------------------- one run
+
+
+def train(model, batches: Batches, optimizers, settings: Settings, device, out: Path, begin: int, agreement: dict):
+    """Steps `begin` … max_steps, each logged, with checkpoints in between."""
     log = Log(out, settings, begin) if rank() == 0 else None
-    gpu = device.type == "cuda" and settings.max_steps > begin
-    share = flops_per_token(model) / matmul_ceiling(device) if gpu else 0  # seconds that a token takes at best
-    with ThreadPoolExecutor(1) as ahead:
-        coming = ahead.submit(batches.step, begin)
-        for step in range(begin, settings.max_steps):
-            start = time.perf_counter()
-            micro = coming.result()
-            waited = time.perf_counter() - start
-            coming = ahead.submit(batches.step, step + 1)
-            torch.manual_seed(settings.seed * 1_000_003 + step)  # dropout, if an LLM has any, follows from the step
-            for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-                group["lr"] = group["peak"] * schedule(step, settings)
-            loss, norm, tokens = train_step(model, optimizers, micro, settings, device)
-            seconds = time.perf_counter() - start
-            if log:
-                row = {"loss": loss, "lr": optimizers[0].param_groups[0]["lr"], "grad_norm": norm}
-                row |= {"tokens_per_s": tokens / seconds, "samples_per_s": settings.batch / seconds}
-                row |= {"data_wait": waited / seconds, "memory_gib": memory_gib(device)}
-                if gpu:  # of this process; padding counts as work
-                    row["mfu"] = share * sum(packed.position_ids.numel() for packed, _ in micro) / seconds
-                log.write(step + 1, row)
-            if not math.isfinite(loss):
-                raise VidReasonError(f"loss is {loss} at step {step + 1} ({out}): lower --lr, or look at the data")
-            if (step + 1) % settings.save_every == 0 or step + 1 == settings.max_steps:
-                save_checkpoint(model, optimizers, out, step + 1, settings.keep, agreement)
+    seconds_per_token = 0.0  # at best, in the LLM, forward and backward
+    if device.type == "cuda" and settings.max_steps > begin:
+        seconds_per_token = flops_per_token(model) / matmul_ceiling(device)
+
+    for step, micro_batches, waited in batches_ahead(batches, begin, settings.max_steps):
+        start = time.perf_counter()
+        torch.manual_seed(settings.seed * 1_000_003 + step)  # dropout, if an LLM has any, follows from the step
+        set_rates(optimizers, schedule(step, settings))
+        loss, norm, target_tokens = train_step(model, optimizers, micro_batches, settings, device)
+        seconds = waited + time.perf_counter() - start
+
+        if log:
+            row = {
+                "loss": loss,
+                "lr": optimizers[0].param_groups[0]["lr"],
+                "grad_norm": norm,
+                "tokens_per_s": target_tokens / seconds,
+                "samples_per_s": settings.batch / seconds,
+                "data_wait": waited / seconds,
+                "memory_gib": memory_gib(device),
+            }
+            if seconds_per_token:  # of this process; padding counts as work
+                tokens = sum(packed.position_ids.numel() for packed, _ in micro_batches)
+                row["mfu"] = seconds_per_token * tokens / seconds
+            log.write(step + 1, row)
+        if not math.isfinite(loss):
+            raise VidReasonError(f"loss is {loss} at step {step + 1} ({out}): lower --lr, or look at the data")
+        if (step + 1) % settings.save_every == 0 or step + 1 == settings.max_steps:
+            save_checkpoint(model, optimizers, out, step + 1, settings.keep, agreement)
     if log:
         log.close()
 
 
-def start_processes(settings):
-    """→ (device of this process, settings with its share of the cores).
+def batches_ahead(batches: Batches, begin: int, end: int) -> Iterator[tuple[int, list, float]]:
+    """-> (step, its micro-batches, seconds they were waited for); while a step runs, a thread prepares the next."""
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(batches.step, begin)
+        for step in range(begin, end):
+            start = time.perf_counter()
+            micro_batches = coming.result()
+            waited = time.perf_counter() - start
+            coming = thread.submit(batches.step, step + 1)
+            yield step, micro_batches, waited
+
+
+def set_rates(optimizers: list, factor: float):
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * factor
+
+
+def start_processes(settings: Settings) -> tuple[torch.device, int]:
+    """-> (device of this process, its share of the machine's cores).
 
     torchrun sets RANK; a lone GPU is a group of one, for the mixed precision of FSDP2.
     """
     cuda = settings.device == "cuda" or (settings.device == "auto" and torch.cuda.is_available())
     if cuda and not torch.cuda.is_available():
         raise VidReasonError("there is no GPU that torch can use (--device cuda): give --device cpu")
-    here = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cpu")
     if cuda:
-        torch.cuda.set_device(here)
-    device = torch.device("cuda", here) if cuda else torch.device("cpu")
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+
     if "RANK" in os.environ:
         dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
     elif cuda:
         dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1, device_id=device)
+
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     share = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     torch.set_num_threads(settings.threads or share)
-    return device, replace(settings, processes=settings.processes or (min(4, share) if cuda else share))
+    return device, share
 
 
 def run(given: Settings):
     """One stage from the command line to the model directory and what to type next."""
-    device, settings = start_processes(complete(given))
+    settings = complete(given)
+    device, cores = start_processes(settings)
+    settings = fit_to_processes(settings, device, cores)
     out = Path(settings.output_dir)
-    for name, count in (("batch", settings.batch), ("text_share", round(settings.batch * settings.text_share))):
-        if count % world():
-            raise VidReasonError(f"{count} rows cannot be shared by {world()} processes (--{name}): give a multiple")
-    share = settings.batch // world()
-    settings = replace(settings, micro_batch=min(settings.micro_batch or share, share))
-    if settings.stage == 2:
-        settings = replace(settings, init_from=str(newest_stage1(settings)))
     out.mkdir(parents=True, exist_ok=True)
     # ranks may be hours apart before the first step, and NCCL gives up after ten minutes
     patient = dist.new_group(backend="gloo", timeout=timedelta(days=30)) if world() > 1 else None
@@ -621,32 +824,35 @@ def run(given: Settings):
         if rank() == 0:
             make_toy_world(settings)
         barrier(patient)
-    samples = [s for path in settings.data for s in read_samples(path, settings.videos)]
+
+    samples = []
+    for path in settings.data:
+        samples += read_samples(path, settings.videos)
     half = device.type == "cuda" and uses_bf16(settings, device)  # on a CPU the toy's LLM costs no memory
     model = build(settings, device, torch.bfloat16 if half else torch.float32)
-    names = sorted({s.video for s in samples if s.video})[: settings.max_videos]
-    config, split = model.config, (rank(), world(), str(device))
-    encode_videos(model.directory, config, settings.videos, names, settings.features, settings.processes, 100, *split)
-    barrier(patient)
-    cache = FeatureCache(settings.features)
-    bad = report_bad(cache, names, out / "bad_videos.jsonl", settings.max_bad_fraction) if rank() == 0 else ()
-    cache.videos = {name: cache.videos[name] for name in names if name in cache}
-    batches = Batches(settings, samples, cache, model.tokenizer, config.num_queries, rank(), world())
-    steps = settings.max_steps or math.ceil(settings.epochs * batches.epoch_length / settings.batch)
-    settings = replace(settings, max_steps=steps)
+    cache, asked = features_of(samples, model, settings, device, patient)
+    batches = Batches(settings, samples, cache, model.tokenizer, model.config.num_queries, rank(), world())
+    if not settings.max_steps:
+        steps = math.ceil(settings.epochs * batches.epoch_length / settings.batch)
+        settings = replace(settings, max_steps=steps)
     notes = [
-        f"stage {settings.stage}: {len(batches.videos)} videos ({len(bad)} of {len(names)} unreadable), {steps} "
-        f"steps of {settings.batch}, on {world()} × {device.type}, {torch.get_num_threads()} threads each"
+        f"stage {settings.stage}: {len(batches.videos)} videos ({asked - len(cache.videos)} of {asked} unreadable), "
+        f"{settings.max_steps} steps of {settings.batch}, "
+        f"on {world()} × {device.type}, {torch.get_num_threads()} threads each"
     ]
+
     if settings.compile:
         for block in model.llm.get_decoder().layers:
             block.compile(dynamic=True)
     if world() > 1 or device.type == "cuda":
         notes.append(parallelise(model, settings, device))
-    optimizers, agreement = build_optimizers(model, settings), agreed(settings, batches)
+    optimizers = build_optimizers(model, settings)
+    agreement = agreed(settings, batches)
     begin = resume(model, optimizers, out, agreement, settings.restart)
+    if begin:
+        notes.append(f"goes on after step {begin}")
     if rank() == 0:
-        describe(model, settings, notes + [f"goes on after step {begin}"] * (begin > 0))
+        describe(model, settings, notes)
     began = time.time()
     train(model, batches, optimizers, settings, device, out, begin, agreement)
     save_model(model, out)
@@ -659,10 +865,34 @@ def run(given: Settings):
         dist.destroy_process_group()
 
 
+def features_of(samples: list[Sample], model, settings: Settings, device, patient) -> tuple[FeatureCache, int]:
+    """Z_vision of the samples' videos, computed first where it is missing -> (cache of these videos, how many they are
+    with those that cannot be read: these are named in bad_videos.jsonl, and are in the cache of no rank)."""
+    names = sorted({sample.video for sample in samples if sample.video})[: settings.max_videos]
+    encode_videos(
+        model.directory,
+        model.config,
+        settings.videos,
+        names,
+        settings.features,
+        settings.processes,
+        rank=rank(),
+        world=world(),
+        device=str(device),
+    )
+    barrier(patient)
+    cache = FeatureCache(settings.features)
+    if rank() == 0:
+        report_bad(cache, names, Path(settings.output_dir, "bad_videos.jsonl"), settings.max_bad_fraction)
+    cache.videos = {name: cache.videos[name] for name in names if name in cache}
+    return cache, len(names)
+
+
 # --------------------------------------------------------------------------- the toy world, made when a run needs it
 
 # Core-seconds: of a video with its text, of its Z_vision, of a step of 32 videos in either stage
 PACE = {"world": 0.09, "vision": 0.5, 1: 0.7, 2: 2.2}
+PACE_CORES = 2
 PACE_MACHINE = "as measured on two cores of an Intel Xeon (2.1 GHz, avx512_bf16)"
 Z_VISION_BYTES = 7400  # of one toy video
 
@@ -673,7 +903,8 @@ def in_toy_world(given: Settings) -> bool:
 
 def toy_missing(settings: Settings) -> tuple[int, int]:
     """-> how many videos have to be made before this run, and how many have no Z_vision yet"""
-    count, cache = settings.max_videos, FeatureCache(settings.features)
+    count = settings.max_videos
+    cache = FeatureCache(settings.features)
     names = [f"{sample_id('train', 0, i)}.mp4" for i in range(count)]
     videos = count if videos_in(TOY_DATA) < count else 0
     return videos, sum(name not in cache for name in names)
@@ -681,65 +912,41 @@ def toy_missing(settings: Settings) -> tuple[int, int]:
 
 def toy_work(settings: Settings, videos: int, unseen: int) -> str:
     """Which recipe a run in the toy world follows, what of toy_missing it makes first, about how long it all takes."""
-    stage, kind = settings.stage, recipe(replace(settings, data=None))
+    stage = settings.stage
+    kind = recipe(replace(settings, data=None))
     steps = settings.max_steps or math.ceil(settings.epochs * settings.max_videos / settings.batch)
     lines = [f"stage {stage} in the toy world, {kind} recipe: {settings.max_videos} videos, {steps} steps"]
     if kind == "short":
         full = DEFAULTS["full", stage]
         sizes = f"{full['max_videos']} videos, {full['max_steps']} steps"
-        lines += [f"the full recipe ({sizes}) is what follows `python -m toy.pretrain world`"]
+        lines.append(f"the full recipe ({sizes}) is what follows `python -m toy.pretrain world`")
     if videos:
-        lines += [f"makes {videos} videos ({videos * MP4_BYTES / 1e6:.1f} MB): {shown(TOY_DATA)}"]
+        lines.append(f"makes {videos} videos ({videos * MP4_BYTES / 1e6:.1f} MB): {shown(TOY_DATA)}")
     if unseen:
-        lines += [f"then Z_vision of {unseen} ({unseen * Z_VISION_BYTES / 1e6:.1f} MB): {shown(settings.features)}"]
-    first = videos * PACE["world"] + unseen * PACE["vision"]
-    end = first + steps * settings.batch / 32 * PACE[stage]
-    lines += [f"about {first / 120:.1f} minutes to the first loss, {end / 120:.1f} to the end, {PACE_MACHINE}"]
+        size = unseen * Z_VISION_BYTES / 1e6
+        lines.append(f"then Z_vision of {unseen} ({size:.1f} MB): {shown(settings.features)}")
+    core_seconds = videos * PACE["world"] + unseen * PACE["vision"]
+    first = core_seconds / PACE_CORES / 60  # minutes
+    end = (core_seconds + steps * settings.batch / 32 * PACE[stage]) / PACE_CORES / 60
+    lines.append(f"about {first:.1f} minutes to the first loss, {end:.1f} to the end, {PACE_MACHINE}")
     return "\n  ".join(lines)
 
 
 def make_toy_world(settings: Settings):
     """Say what this run is and will make; then make the videos of it that are not there. On one rank."""
     print(toy_work(settings, *toy_missing(settings)), flush=True)
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    make_training_world(TOY_DATA, settings.max_videos, settings.processes * here)  # the other ranks only wait
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # the others only wait
+    make_training_world(TOY_DATA, settings.max_videos, settings.processes * ranks_here)
 
 
 # --------------------------------------------------------------------------- what to type next
 
 # of stage 1's options those that hold for stage 2; the rest has a default of its own there
-KEPT = "preset videos max_videos features max_bad_fraction seed save_every keep device precision shard checkpointing "
-KEPT += "compile report_to threads processes"
-KEPT_IN_TOY_WORLD = "max_steps batch"  # a trial run stays one
-
-
-def shown(path) -> str:
-    """A path as one types it in this directory."""
-    try:
-        path = Path(path).resolve().relative_to(Path.cwd())
-    except ValueError:
-        pass  # it lies elsewhere
-    return shlex.quote(str(path))
-
-
-def python() -> str:
-    """This Python, as one types it in this shell."""
-    for name in ("python", "python3"):
-        if Path(shutil.which(name) or "").parent == Path(sys.executable).parent:
-            return name
-    return shlex.quote(sys.executable)
-
-
-def launcher() -> str:
-    """How this program was started: by python, or by torchrun with so many processes."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return python()
-    on_path = Path(shutil.which("torchrun") or "").parent == Path(sys.executable).parent
-    torchrun = "torchrun" if on_path else f"{python()} -m torch.distributed.run"
-    here, everywhere = (int(os.environ[name]) for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
-    if here < everywhere:
-        return f"{torchrun} (its options as before)"
-    return f"{torchrun} --nproc_per_node {here}" if here > 1 else torchrun
+KEPT = (
+    "preset", "videos", "max_videos", "features", "max_bad_fraction", "seed", "save_every", "keep",
+    "device", "precision", "shard", "checkpointing", "compile", "report_to", "threads", "processes",
+)  # fmt: skip
+KEPT_IN_TOY_WORLD = ("max_steps", "batch")  # a trial run stays one
 
 
 def holds_another_stage2(folder: Path, stage1: Path) -> bool:
@@ -750,40 +957,53 @@ def holds_another_stage2(folder: Path, stage1: Path) -> bool:
     return json.loads((checkpoints[-1] / "run.json").read_text()).get("start") != start_of(stage1)
 
 
-def stage2_options(given: Settings, out: Path) -> list[str]:
-    """What stage 2 needs on its command line after this stage 1."""
-    names = KEPT.split() + (KEPT_IN_TOY_WORLD.split() if in_toy_world(given) else [])
+def kept_options(given: Settings) -> list[str]:
+    """What was given to stage 1 and holds for stage 2, as one types it."""
+    names = KEPT
+    if in_toy_world(given):
+        names += KEPT_IN_TOY_WORLD
     options = []
     for name in names:
         value = getattr(given, name)
         if value == getattr(Settings(), name):
             continue
         options.append(f"--{name}")
-        if value is not True:
-            options.append(shown(value) if name in ("videos", "features") else str(value))
+        if name in ("videos", "features"):
+            options.append(shown(value))
+        elif value is not True:
+            options.append(str(value))
+    return options
+
+
+def stage2_options(given: Settings, out: Path) -> list[str]:
+    """What stage 2 needs on its command line after this stage 1."""
+    options = kept_options(given)
     if given.data:
         options += ["--data", "QUESTIONS.jsonl"]
-    folder = ROOT / "runs" / "stage2"
+    usual = ROOT / "runs" / "stage2"
+    folder = usual
     if given.output_dir:
         options += ["--init_from", shown(out / "model")]
         folder = out.with_name(f"{out.name}-stage2")
     while holds_another_stage2(folder, out / "model"):
         folder = folder.with_name(f"{folder.name}-again")
-    if folder != ROOT / "runs" / "stage2":
+    if folder != usual:
         options += ["--output_dir", shown(folder)]
     return options
 
 
 def next_commands(given: Settings, settings: Settings, video: str) -> list[str]:
     """What to type after this run, in this directory: stage 2 after stage 1, and a question about one of the videos."""
-    script, out = Path(sys.argv[0]), Path(settings.output_dir)
+    script = Path(sys.argv[0])
+    out = Path(settings.output_dir)
     clip = ROOT / "toy" / "clips" / "red-egg-breaks-0.mp4"
     if not in_toy_world(given):
         clip = Path(settings.videos, video)
-        clip = clip if file_of(clip).suffix != ".tar" else Path("CLIP.mp4")  # infer.py reads no tar
+        if file_of(clip).suffix == ".tar":
+            clip = Path("CLIP.mp4")  # infer.py reads no tar
     question = CAPTION_PROMPT if settings.stage == 1 else "why?"
-    infer = f"{python()} {shown(script.with_name('infer.py'))} {shown(clip)} "
-    commands = [infer + f'"{question}" --model {shown(out / "model")}']
+    infer = f"{python()} {shown(script.with_name('infer.py'))}"
+    commands = [f'{infer} {shown(clip)} "{question}" --model {shown(out / "model")}']
     if settings.stage == 1:
         options = " ".join(["--stage 2", *stage2_options(given, out)])
         commands.insert(0, f"{launcher()} {shown(script)} {options}")
@@ -793,35 +1013,41 @@ def next_commands(given: Settings, settings: Settings, video: str) -> list[str]:
 # --------------------------------------------------------------------------- --plan: what a run would need
 
 
-def plan_run(settings):
+def plan_run(settings: Settings):
     """--plan: both stages with what the command line says, else their defaults; without --max_videos the paper's."""
     both = [complete(replace(settings, stage=stage)) for stage in (1, 2)]
-    given = {"batch": [s.batch for s in both], "mfu": settings.mfu}
+    given = {"batch": [of_stage.batch for of_stage in both], "mfu": settings.mfu}
     if settings.micro_batch:
         given["micro_batch"] = [settings.micro_batch] * 2
     if settings.preset == "toy":
         given["text_tokens"] = (40, 200)
     if both[0].max_videos:
-        given["videos"] = given["pairs"] = [s.max_videos for s in both]
-    pairs = given.get("pairs", (110e6, 260e3))
-    given["epochs"] = [s.epochs or s.max_steps * s.batch / n for s, n in zip(both, pairs, strict=True)]
+        given["videos"] = [of_stage.max_videos for of_stage in both]
+        given["pairs"] = given["videos"]
+    given["epochs"] = []
+    for of_stage, pairs in zip(both, given.get("pairs", (110e6, 260e3)), strict=True):
+        given["epochs"].append(of_stage.epochs or of_stage.max_steps * of_stage.batch / pairs)
     print_plan(plan(*config_of(both[0]), settings.world_size, **given))
     if in_toy_world(settings):
         one, two = both
         print("\nWithout a GPU:", toy_work(one, *toy_missing(one)), toy_work(two, 0, 0), sep="\n")
 
 
-def main():
-    class TrainParser(Parser, HfArgumentParser):
-        """HfArgumentParser makes the options from Settings, Parser the errors."""
+class TrainParser(Parser, HfArgumentParser):
+    """HfArgumentParser makes the options from Settings, Parser the errors."""
 
+
+def main():
     parser = TrainParser(Settings, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     settings, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
     if unknown:
         parser.error(f"unknown option {unknown[0]}")
     disable_progress_bar()  # of loading weights, once per process
     warnings.filterwarnings("ignore", module="torch.distributed.checkpoint")  # that one process saves is meant so
-    plan_run(settings) if settings.plan else run(settings)
+    if settings.plan:
+        plan_run(settings)
+    else:
+        run(settings)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
-"""What all our programs share: options, one line for a mistake, files written whole."""
+"""What all our programs share: options, one line for a mistake, files written whole, commands to type next."""
 
 import argparse
 import hashlib
 import json
 import os
+import shlex
+import shutil
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -17,6 +20,9 @@ ROOT = Path(__file__).resolve().parent.parent
 TOY_MODEL = ROOT / "toy" / "weights"
 
 
+# --------------------------------------------------------------------------- the command line, and mistakes
+
+
 class Parser(argparse.ArgumentParser):
     """Mistakes on the command line are one line, as all others."""
 
@@ -24,14 +30,14 @@ class Parser(argparse.ArgumentParser):
         raise VidReasonError(f"{message} (command line): see {self.prog} --help")
 
 
-def positive(text) -> int:
+def positive(text: str) -> int:
     """argparse type: an integer of at least 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
 
 
-def guarded(main):
+def guarded(main: Callable[[], None]) -> None:
     """Run a program; a mistake of the user is one line on stderr and exit code 2."""
     warnings.filterwarnings("ignore", category=FutureWarning)  # libraries' advice to programmers, not to users
     try:
@@ -45,20 +51,71 @@ def guarded(main):
         message = str(error)
     except KeyboardInterrupt:
         message = "interrupted (you): the same command goes on from the last checkpoint, if the program keeps any"
+
     if int(os.environ.get("RANK", 0)):
         time.sleep(3)  # most mistakes are everybody's; torchrun stops the others when rank 0 has said it
-    sys.exit(print(f"error: {' '.join(message.split())}", file=sys.stderr) or 2)
+    one_line = " ".join(message.split())
+    print(f"error: {one_line}", file=sys.stderr)
+    sys.exit(2)
 
 
-def write_json(path, value):
+# --------------------------------------------------------------------------- files
+
+
+def write_aside(path: Path, write: Callable[[Path], object]) -> None:
+    """write(another path), renamed when it is done: under its own name a file is whole or not there."""
     aside = path.with_name(path.name + ".partial")
-    aside.write_text(json.dumps(value))
+    write(aside)
     aside.rename(path)
 
 
-def sha256(path):
-    found = hashlib.sha256()
+def write_json(path: Path, value) -> None:
+    text = json.dumps(value)
+    write_aside(path, lambda aside: aside.write_text(text))
+
+
+def sha256(path: Path | str) -> str:
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 24):
-            found.update(block)
-    return found.hexdigest()
+            digest.update(block)
+    return digest.hexdigest()
+
+
+# --------------------------------------------------------------------------- commands, as one types them here
+
+
+def shown(path: Path | str) -> str:
+    """A path as one types it in this directory."""
+    resolved = Path(path).resolve()
+    if resolved.is_relative_to(Path.cwd()):
+        path = resolved.relative_to(Path.cwd())
+    return shlex.quote(str(path))
+
+
+def is_on_path(program: str) -> bool:
+    """Whether the shell finds the program of this Python's environment, and no other of that name."""
+    found = Path(shutil.which(program) or "")
+    return found.parent == Path(sys.executable).parent
+
+
+def python() -> str:
+    """This Python, as one types it in this shell."""
+    for name in ("python", "python3"):
+        if is_on_path(name):
+            return name
+    return shlex.quote(sys.executable)
+
+
+def launcher() -> str:
+    """How this program was started: by python, or by torchrun with so many processes."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return python()
+    torchrun = "torchrun" if is_on_path("torchrun") else f"{python()} -m torch.distributed.run"
+    on_this_machine = int(os.environ["LOCAL_WORLD_SIZE"])
+    everywhere = int(os.environ["WORLD_SIZE"])
+    if on_this_machine < everywhere:
+        return f"{torchrun} (its options as before)"
+    if on_this_machine == 1:
+        return torchrun
+    return f"{torchrun} --nproc_per_node {on_this_machine}"

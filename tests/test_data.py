@@ -13,7 +13,7 @@ import torch
 from pebble import ProcessPool
 
 from data.benchmarks import read_samples
-from data.features import FeatureCache, encode_videos, outcome_of, report_bad
+from data.features import FeatureCache, Unreadable, encode_videos, outcome_of, report_bad
 from vidreason import CAPTION_PROMPT, VidReasonError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -108,7 +108,7 @@ def test_unreadable_videos_are_named_not_replaced(vision, tmp_path, write_clips)
     (tmp_path / "bad.mp4").write_text("not a video")
     encode_videos(tmp_path, vision, tmp_path, [*names, "bad.mp4"], tmp_path / "features")
     cache = FeatureCache(tmp_path / "features")
-    assert set(cache.videos) == set(names) and "bad.mp4" in cache.bad
+    assert set(cache.videos) == set(names) and "not a video" in cache.bad["bad.mp4"]
     with pytest.raises(VidReasonError, match="1 of 2 videos cannot be read"):
         report_bad(cache, [*names, "bad.mp4"], tmp_path / "bad_videos.jsonl", 0.4)
     assert list(report_bad(cache, [*names, "bad.mp4"], tmp_path / "bad_videos.jsonl", 0.6)) == ["bad.mp4"]
@@ -132,8 +132,9 @@ def test_a_decoder_that_hangs_or_dies_costs_one_video(vision, tmp_path, write_cl
     encode_videos(tmp_path, vision, tmp_path, names, tmp_path / "features", patience=0.01)
     assert "took more than 0.01 s" in FeatureCache(tmp_path / "features").bad["0.mp4"]
     with ProcessPool(1) as pool:
-        why = outcome_of(pool.schedule(os._exit, args=(1,)), tmp_path / "0.mp4", 5)
-    assert "the decoder died" in why and "0.mp4" in why
+        outcome = outcome_of(pool.schedule(os._exit, args=(1,)), tmp_path / "0.mp4", 5)
+    assert isinstance(outcome, Unreadable)
+    assert "the decoder died" in outcome.reason and "0.mp4" in outcome.reason
 
 
 def test_tar_shards_are_read_where_they_lie(vision, tmp_path, write_clips):
