@@ -51,6 +51,7 @@ EFFECTS = ("break", "pop", "fall", "roll", "slide", "drift", "stop", "bounce")
 HELD_OUT = ({"pin", "balloon"}, {"egg", "pillow"})
 HELD_OUT_HITS = [("pin", "balloon"), ("balloon", "pin"), ("egg", "pillow")]  # (mover, target)
 AMBIGUOUS_HITS = {("egg", "egg"), ("pin", "pin"), ("balloon", "balloon")}  # like meets like: not modelled
+WHOLE, BROKEN, POPPED, GONE = range(4)  # states of a thing
 SPLITS = {"train": 0, "val": 1, "test": 2, "text": 3}  # disjoint random streams
 
 
