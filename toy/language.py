@@ -6,6 +6,7 @@ clearly. A word that stands in no table of this file goes into `every_word` of t
 stream of random numbers in the order in which they stand here, so one in their midst would change all questions after.
 """
 
+import itertools
 import re
 from collections.abc import Callable
 from typing import NamedTuple
@@ -435,7 +436,7 @@ def happens_without(clip: Clip, effect: Event, index: int) -> bool:
 
 # --------------------------------------------------------------------------- knowledge
 
-HITS = [(mover, target) for mover in MOVERS for target in KINDS if (mover, target) not in AMBIGUOUS_HITS]
+HITS = [hit for hit in itertools.product(MOVERS, KINDS) if hit not in AMBIGUOUS_HITS]  # (mover, target)
 
 
 def knowledge(mover: str, target: str, rng: np.random.Generator) -> str:
