@@ -244,6 +244,14 @@ def save_half(module: nn.Module, path: Path):
     save_file({name: tensor.half() for name, tensor in module.state_dict().items()}, path)
 
 
+def mean_figures(rounds: list[dict]) -> dict[str, float]:
+    means = {}
+    for name in rounds[0]:
+        values = [figures[name] for figures in rounds]
+        means[name] = round(float(np.mean(values)), 3)
+    return means
+
+
 def pretrain_encoder(args):
     torch.manual_seed(args.seed)
     encoder = VideoTransformer(PRESETS["toy"])
@@ -265,8 +273,7 @@ def pretrain_encoder(args):
         with torch.no_grad(), autocast():
             rounds = [encoder_loss(encoder, heads, *validation.batch(64))[1] for _ in range(6)]
         encoder.train()
-        means = {name: float(np.mean([figures[name] for figures in rounds])) for name in rounds[0]}
-        return {"val": {name: round(mean, 3) for name, mean in means.items()}}
+        return {"val": mean_figures(rounds)}
 
     parameters = [*encoder.parameters(), *heads.parameters()]
     train(args.runs / "encoder.jsonl", parameters, args.lr, args.steps, loss_of_step, watch)
