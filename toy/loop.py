@@ -4,6 +4,7 @@ import json
 import math
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,25 +14,23 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 
-def autocast():
-    """bf16 where the processor multiplies it faster: 2.5 × with avx512_bf16."""
-    cpu = Path("/proc/cpuinfo")
-    return torch.autocast("cpu", torch.bfloat16, enabled=cpu.exists() and "avx512_bf16" in cpu.read_text())
-
-
-def cosine(step, steps, warmup=100, floor=0.02):
-    """Learning-rate factor: linear warm-up, constant for half of the run, then a cosine to `floor`."""
-    late = max(0.0, step / steps - 0.5) * 2
-    return min(1.0, (step + 1) / warmup) * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * late)))
-
-
-def train(log_path, parameters, lr, steps, loss_of_step, watch, weight_decay=0.05):
+def train(
+    log_path: Path,
+    parameters: list[nn.Parameter],
+    lr: float,
+    steps: int,
+    loss_of_step: Callable[[int], tuple[torch.Tensor, dict]],
+    watch: Callable[[int], dict],
+    weight_decay: float = 0.05,
+):
     """The loop that the three models share: AdamW, clipping, cosine, progress bar, a line of log now and then.
 
-    loss_of_step(step) → loss, {figure: value}; watch(step) → more figures (validation), and may save.
+    loss_of_step(step) -> loss, {figure: value}; watch(step) -> more figures (validation), and may save.
     """
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=weight_decay)
-    recent, began, every = defaultdict(list), time.time(), min(100, max(1, steps // 4))
+    recent = defaultdict(list)  # figure -> its values since the last line of log
+    began = time.time()
+    log_every = min(100, max(1, steps // 4))
     with open(log_path, "w") as log, tqdm(total=steps, desc=log_path.stem, mininterval=5) as bar:
         for step in range(steps):
             for group in optimizer.param_groups:
@@ -43,17 +42,33 @@ def train(log_path, parameters, lr, steps, loss_of_step, watch, weight_decay=0.0
             loss.backward()
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
-            for key, value in {"loss": loss, **figures}.items():
-                recent[key].append(float(value))
             bar.update()
-            if (step + 1) % every == 0 or step + 1 == steps:
-                line = {
-                    "step": step + 1,
-                    "minutes": round((time.time() - began) / 60, 2),
-                    **{k: round(float(np.mean(v)), 4) for k, v in recent.items()},
-                }
-                line.update(watch(step + 1))
+
+            for name, value in {"loss": loss, **figures}.items():
+                recent[name].append(float(value))
+            if (step + 1) % log_every == 0 or step + 1 == steps:
+                figures = {name: round(float(np.mean(values)), 4) for name, values in recent.items()}
+                minutes = round((time.time() - began) / 60, 2)
+                figures |= watch(step + 1)
                 recent.clear()
-                log.write(json.dumps(line) + "\n")
+                log.write(json.dumps({"step": step + 1, "minutes": minutes, **figures}) + "\n")
                 log.flush()
-                bar.set_postfix_str(" ".join(f"{k} {v}" for k, v in line.items() if k not in ("step", "minutes"))[:150])
+                bar.set_postfix_str(" ".join(f"{name} {value}" for name, value in figures.items())[:150])
+
+
+def cosine(step: int, steps: int, warmup: int = 100, floor: float = 0.02) -> float:
+    """Learning-rate factor: linear warm-up, constant for half of the run, then a cosine to `floor`."""
+    warm = min(1.0, (step + 1) / warmup)
+    late = max(0.0, step / steps - 0.5) * 2
+    return warm * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * late)))
+
+
+def autocast() -> torch.autocast:
+    """bf16 where the processor multiplies it faster: 2.5 × with avx512_bf16."""
+    cpu = Path("/proc/cpuinfo")
+    return torch.autocast("cpu", torch.bfloat16, enabled=cpu.exists() and "avx512_bf16" in cpu.read_text())
+
+
+def millions(model: nn.Module) -> float:
+    """Millions of parameters."""
+    return sum(p.numel() for p in model.parameters()) / 1e6

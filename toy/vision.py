@@ -1,8 +1,15 @@
-"""Stage 0, vision: the video transformer and a SAM, from scratch."""
+"""Stage 0, vision: the video transformer and a SAM, from scratch.
+
+Both learn from labels that real videos lack: the encoder from the simulator's (`labels_of`), the SAM from the
+renderer's masks. Shapes: B clips or pictures, F frames and P patches per frame, T tubelets of two frames, D_v the
+encoder's width, four slots for the things on a table, N points per picture.
+"""
 
 import math
 import multiprocessing
 import time
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,266 +19,409 @@ from torch import nn
 from tqdm import tqdm
 
 from toy import language, world
-from toy.loop import autocast, train
+from toy.loop import autocast, millions, train
 from toy.videos import arrays_of
-from vidreason import PRESETS, VideoTransformer, build_sam, segment
+from vidreason import PRESETS, Config, VideoTransformer, build_sam, segment
 
-SLOTS, NONE = 4, 0  # at most four things on a table; class 0 of a partner: nobody
-COLOUR_OF = {c: i for i, c in enumerate(language.COLOUR_ORDER)}
+SLOTS = 4  # at most four things on a table
+NONE = 0  # class of a partner: nobody; of a patch: the table
+FRAMES = PRESETS["toy"].frames_per_clip
+COLOUR_OF = {colour: i for i, colour in enumerate(language.COLOUR_ORDER)}
 EVENTS = ["start", "hit", "wall", *world.EFFECTS]
-FRAMES = 4  # frames per clip of the toy preset
-THING_HEADS = {"kind": 8, "colour": 6, "state": 3, "hits": 7, "hit_by": 7, "next_hits": 7, "next_hit_by": 7}  # classes
-CLIP_HEADS = {"count": 5, "moving": 5, "first": 7}
+PARTNERS = {"hits": 7, "hit_by": 7, "next_hits": 7, "next_hit_by": 7}  # nobody, or a colour
+THING_HEADS = {"kind": 8, "colour": 6, "state": 3, **PARTNERS}  # read-out of a thing's token -> number of classes
+CLIP_HEADS = {"count": 5, "moving": 5, "first": 7}  # of a clip's [CLS]
+PATCH_HEADS = {"kind": 9, "colour": 7}  # of a patch: the table, or one more than a thing's class
+MOVEMENTS = 6  # numbers per thing: place, velocity at the end, velocity at the beginning
 
 
-def labels_of(job):
-    """What a good video encoder should know, for each clip of one video: classes per thing, numbers, events.
+# --------------------------------------------------------------------------- what the encoder should know
+
+
+class Labels(NamedTuple):
+    """Of C clips; of a batch, C is B. From labels_of as numpy arrays, else as tensors."""
+
+    classes: torch.Tensor  # (C, 4, 7) int64 in the order of THING_HEADS; -1 in a slot without a thing
+    numbers: torch.Tensor  # (C, 4, 6) float32: x, y of place and velocities, scaled to about 1
+    events: torch.Tensor  # (C, 4, 11) float32: 1 where a thing is the subject of such an event, in the order of EVENTS
+    whole: torch.Tensor  # (C, 3) int64 in the order of CLIP_HEADS
+
+
+def labels_of(job: tuple[str, int, int]) -> Labels:
+    """What a good video encoder should know of each clip of one video (split, seed, index).
 
     `next_hits`/`next_hit_by` look up to .75 s beyond the clip's last frame: an encoder that sees motion sees where it
     leads. Partners are named by colour, never by kind, so nothing here ties two kinds together.
     """
     split, seed, index = job
-    clip = world.make_clip(seed, index, split)
+    video = world.make_clip(seed, index, split)
+    colours = [COLOUR_OF[thing.colour] for thing in video.things]
     clips = world.NUM_FRAMES // FRAMES
     classes = np.full((clips, SLOTS, len(THING_HEADS)), -1, np.int64)
-    numbers, events = np.zeros((clips, SLOTS, 6), np.float32), np.zeros((clips, SLOTS, len(EVENTS)), np.float32)
+    numbers = np.zeros((clips, SLOTS, MOVEMENTS), np.float32)
+    events = np.zeros((clips, SLOTS, len(EVENTS)), np.float32)
     whole = np.zeros((clips, len(CLIP_HEADS)), np.int64)
-    colour = [COLOUR_OF[t.colour] for t in clip.things]
+
     for c in range(clips):
         first, last = c * FRAMES, c * FRAMES + FRAMES - 1
-        seen = [e for e in clip.events if first < math.ceil(e.time * world.FPS) <= last]
-        soon = [e for e in clip.events if last < e.time * world.FPS < last + 3]
-        for i, thing in enumerate(clip.things):
-            partner = [NONE] * 4
-            for at, log in ((0, seen), (2, soon[::-1])):
-                for e in log:
-                    if e.type == "hit" and i in (e.subject, e.object):
-                        partner[at + (i == e.object)] = 1 + colour[e.object if i == e.subject else e.subject]
-            classes[c, i] = world.KINDS.index(thing.kind), colour[i], min(int(clip.state[last - 1, i]), 2), *partner
-            place = clip.trajectory[first : last + 1, i]
-            numbers[c, i] = *((place[2] - 0.5) * 3), *((place[3] - place[2]) * 10), *((place[1] - place[0]) * 10)
-            for e in seen:
-                events[c, i, EVENTS.index(e.type)] += e.subject == i
-        moving = [e.subject for e in seen if e.direction]
-        whole[c] = len(clip.things), len(set(moving)), 1 + colour[moving[0]] if moving else NONE
-    return classes, numbers, events.clip(max=1), whole
+        seen = [event for event in video.events if first < math.ceil(event.time * world.FPS) <= last]
+        soon = [event for event in video.events if last < event.time * world.FPS < last + 3]
+        for i, thing in enumerate(video.things):
+            state = min(int(video.state[last - 1, i]), world.POPPED)
+            partners = partners_of(i, seen, colours) + partners_of(i, soon[::-1], colours)
+            classes[c, i] = [world.KINDS.index(thing.kind), colours[i], state, *partners]
+            numbers[c, i] = movement(video.trajectory[first : last + 1, i])
+        for event in seen:
+            events[c, event.subject, EVENTS.index(event.type)] = 1
+        moving = [event.subject for event in seen if event.direction]
+        first_moved = 1 + colours[moving[0]] if moving else NONE
+        whole[c] = [len(video.things), len(set(moving)), first_moved]
+    return Labels(classes, numbers, events, whole)
+
+
+def partners_of(index: int, events: list[world.Event], colours: list[int]) -> list[int]:
+    """Classes of whom a thing hits and of who hits it, in the last such event of the list."""
+    hits = hit_by = NONE
+    for event in events:
+        if event.type != "hit":
+            continue
+        if event.subject == index:
+            hits = 1 + colours[event.object]
+        elif event.object == index:
+            hit_by = 1 + colours[event.subject]
+    return [hits, hit_by]
+
+
+def movement(path: np.ndarray) -> np.ndarray:
+    """Where a thing is in the four frames of a clip, path (4, 2) -> (6,) float32, scaled to about 1."""
+    place = (path[2] - 0.5) * 3
+    velocity = (path[3] - path[2]) * 10
+    earlier_velocity = (path[1] - path[0]) * 10
+    return np.concatenate([place, velocity, earlier_velocity])
 
 
 class EncoderTask:
-    """Batches and losses of the encoder: every thing's token (mask-pooled, as Eq. 2 will) and every clip's [CLS]."""
+    """Batches for the encoder: the clips of one split with their labels, three quarters of them with motion."""
 
-    def __init__(self, folder, split, seed, count, processes, rng):
-        (self.frames, self.owner), self.rng = arrays_of(folder), rng
+    def __init__(self, folder: Path, split: str, seed: int, count: int | None, processes: int, rng):
+        self.rng = rng
+        self.frames, self.owner = arrays_of(folder)
+        jobs = [(split, seed, index) for index in range(count or len(self.frames))]
         with multiprocessing.Pool(processes) as pool:
-            jobs = [(split, seed, i) for i in range(count or len(self.frames))]
-            found = list(tqdm(pool.imap(labels_of, jobs, 64), total=len(jobs), desc=f"{split} labels"))
-        self.classes, self.numbers, self.events, self.whole = (torch.from_numpy(np.stack(x)) for x in zip(*found))
-        active = self.events.flatten(2).any(-1) | (self.numbers[..., 2:].abs().amax((-2, -1)) > 0.05)
-        self.active, self.all = active.nonzero().numpy(), np.argwhere(np.ones(active.shape, bool))
+            labels = list(tqdm(pool.imap(labels_of, jobs, 64), total=len(jobs), desc=f"{split} labels"))
+        self.labels = Labels(*(torch.from_numpy(np.stack(part)) for part in zip(*labels)))  # each (videos, clips, ...)
 
-    def batch(self, size):
-        """→ clips float (B, F, 3, H, W) in [0, 1], owner (B, F, H, W), labels"""
-        pick = np.concatenate(
-            [
-                source[self.rng.integers(len(source), size=n)]
-                for source, n in ((self.active, size * 3 // 4), (self.all, size - size * 3 // 4))
-            ]
-        )
-        spans = [(v, slice(c * FRAMES, (c + 1) * FRAMES)) for v, c in pick]
-        frames = torch.from_numpy(np.stack([self.frames[v, s] for v, s in spans])).float() / 255
-        owner = torch.from_numpy(np.stack([self.owner[v, s] for v, s in spans]))
-        v, c = torch.from_numpy(pick).T
-        return frames, owner, (self.classes[v, c], self.numbers[v, c], self.events[v, c], self.whole[v, c])
+        speed = self.labels.numbers[..., 2:].abs().amax((-2, -1))
+        active = self.labels.events.flatten(2).any(-1) | (speed > 0.05)
+        self.active = active.nonzero().numpy()  # (n, 2): video, clip
+        self.all = np.argwhere(np.ones(active.shape, bool))
+
+    def batch(self, size: int) -> tuple[torch.Tensor, torch.Tensor, Labels]:
+        """-> frames float (B, F, 3, H, W) in [0, 1], owner (B, F, H, W), labels"""
+        with_motion = size * 3 // 4
+        picked = [
+            self.active[self.rng.integers(len(self.active), size=with_motion)],
+            self.all[self.rng.integers(len(self.all), size=size - with_motion)],
+        ]
+        picked = np.concatenate(picked)
+        spans = [(video, slice(clip * FRAMES, (clip + 1) * FRAMES)) for video, clip in picked]
+        frames = np.stack([self.frames[video, span] for video, span in spans])
+        owner = np.stack([self.owner[video, span] for video, span in spans])
+        videos, clips = torch.from_numpy(picked).T
+        labels = Labels(*(part[videos, clips] for part in self.labels))
+        return torch.from_numpy(frames).float() / 255, torch.from_numpy(owner), labels
+
+
+# --------------------------------------------------------------------------- the encoder's loss
 
 
 class EncoderHeads(nn.Module):
     """Linear read-outs that exist during stage 0 only."""
 
-    def __init__(self, width):
+    def __init__(self, width: int):
         super().__init__()
-        self.thing = nn.Linear(width, sum(THING_HEADS.values()) + 6 + len(EVENTS))
+        self.thing = nn.Linear(width, sum(THING_HEADS.values()) + MOVEMENTS + len(EVENTS))
         self.clip = nn.Linear(width, sum(CLIP_HEADS.values()))
-        self.patch = nn.Linear(width, 9 + 7)
+        self.patch = nn.Linear(width, sum(PATCH_HEADS.values()))
 
 
-def encoder_loss(encoder, heads, frames, owner, labels):
-    classes, numbers, events, whole = labels
-    cls, patches = encoder(frames)  # (B, D), (B, T, P, D)
-    side = int(patches.shape[2] ** 0.5)
-    pixels = frames.shape[-1] // side
-    share = torch.stack([F.avg_pool2d((owner == i + 1).float(), pixels) for i in range(SLOTS)], 1).flatten(
-        3
-    )  # (B, 4, F, P)
-    key = share[:, :, FRAMES // 2]  # the keyframe's masks, as fractions of patches
-    area = key.sum(-1)
-    tokens = key @ patches[:, FRAMES // 2 // 2].float() / area.clamp(min=1e-3)[..., None]
-    visible = (area > 0.3) & (classes[..., 0] >= 0)
-    out = heads.thing(tokens[visible]).float()
-    classes, numbers, events = classes[visible], numbers[visible], events[visible]
-    loss, figures, at = 0.0, {}, 0
-    for k, (name, n) in enumerate(THING_HEADS.items()):
-        truth, logits = classes[:, k], out[:, at : at + n]
-        weight = torch.ones(n)
-        if n == 7:
-            weight[NONE] = 0.4
-        loss = loss + F.cross_entropy(logits, truth, weight)
-        rare = truth != 0 if n == 7 or name == "state" else truth >= 0
-        figures[name] = (logits.argmax(-1) == truth)[rare].float().mean() if rare.any() else 1.0
-        at += n
+def encoder_loss(
+    encoder: VideoTransformer, heads: EncoderHeads, frames: torch.Tensor, owner: torch.Tensor, labels: Labels
+) -> tuple[torch.Tensor, dict]:
+    """Read labels from every thing's token (mask-pooled, as Eq. 2 will), from every clip's [CLS] and from every patch.
+
+    -> loss, {figure: value}
+    """
+    cls, patches = encoder(frames)  # (B, D_v), (B, T, P, D_v)
+    shares = patch_shares(owner, patches.shape[2])  # (B, 4, F, P)
+    tokens, area = pool_things(patches, shares)  # (B, 4, D_v), (B, 4)
+    visible = (area > 0.3) & (labels.classes[..., 0] >= 0)
+
+    readouts = heads.thing(tokens[visible]).float()
+    terms, figures = thing_terms(readouts, labels.classes[visible], labels.numbers[visible], labels.events[visible])
+    terms += clip_terms(heads.clip(cls).float(), labels.whole)
+    second_frames = shares[:, :, 1::2].transpose(1, 2)  # (B, T, 4, P): of each tubelet, the one whose state it is
+    terms += patch_terms(heads.patch, patches, second_frames, labels.classes)
+    return sum(terms), figures
+
+
+def patch_shares(owner: torch.Tensor, patches: int) -> torch.Tensor:
+    """owner (B, F, H, W) -> the share of each patch that each thing covers (B, 4, F, P)"""
+    side = int(patches**0.5)
+    pixels = owner.shape[-1] // side
+    shares = [F.avg_pool2d((owner == i + 1).float(), pixels) for i in range(SLOTS)]
+    return torch.stack(shares, 1).flatten(3)
+
+
+def pool_things(patches: torch.Tensor, shares: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Eq. 2 on the keyframe with true masks -> tokens (B, 4, D_v), area in patches (B, 4)"""
+    keyframe = FRAMES // 2
+    masks = shares[:, :, keyframe]
+    area = masks.sum(-1)
+    tokens = masks @ patches[:, keyframe // 2].float() / area.clamp(min=1e-3)[..., None]
+    return tokens, area
+
+
+def thing_terms(readouts, classes, numbers, events):
+    """readouts (n, 65), labels of n visible things -> terms of the loss, {figure: value}"""
+    terms, figures = [], {}
+    start = 0
+    for k, (name, size) in enumerate(THING_HEADS.items()):
+        logits, truth = readouts[:, start : start + size], classes[:, k]
+        weight = torch.ones(size)
+        if name in PARTNERS:
+            weight[NONE] = 0.4  # mostly nobody
+        terms.append(F.cross_entropy(logits, truth, weight))
+        figures[name] = accuracy_where_it_counts(name, logits, truth)
+        start += size
+
+    moves = readouts[:, start : start + MOVEMENTS]
     moving = 1 + 3 * (numbers[:, 2:].abs().amax(-1) > 0.05).float()
-    loss = loss + 2 * ((out[:, at : at + 6] - numbers).square().mean(-1) * moving).mean()
-    figures["speed error"] = (out[:, at + 2 : at + 4] - numbers[:, 2:4]).abs().mean() / 10
-    loss = loss + 5 * F.binary_cross_entropy_with_logits(out[:, at + 6 :], events)
-    found = (out[:, at + 6 :] > 0).float()
-    figures["event F1"] = 2 * (found * events).sum() / (found.sum() + events.sum()).clamp(min=1)
-    summary = heads.clip(cls).float().split(list(CLIP_HEADS.values()), -1)
-    for k, logits in enumerate(summary):
-        loss = loss + 0.5 * F.cross_entropy(logits, whole[:, k])
-    dense = share[:, :, 1::2].transpose(1, 2)  # (B, T, 4, P): second frame of each tubelet
-    top, who = dense.max(2)
-    kind, colour = (
-        torch.where(top > 0.3, labels[0][:, :, k].clamp(min=0).gather(1, who.flatten(1)).view_as(who) + 1, 0)
-        for k in (0, 1)
-    )
-    kinds, colours = heads.patch(patches).float().split([9, 7], -1)
-    for logits, truth in ((kinds, kind), (colours, colour)):
-        weight = torch.ones(logits.shape[-1])
-        weight[0] = 0.1
-        loss = loss + 0.5 * F.cross_entropy(logits.flatten(0, -2), truth.flatten(), weight)
-    return loss, figures
+    terms.append(2 * ((moves - numbers).square().mean(-1) * moving).mean())
+    figures["speed error"] = (readouts[:, start + 2 : start + 4] - numbers[:, 2:4]).abs().mean() / 10
+
+    event_logits = readouts[:, start + MOVEMENTS :]
+    terms.append(5 * F.binary_cross_entropy_with_logits(event_logits, events))
+    predicted = (event_logits > 0).float()
+    figures["event F1"] = 2 * (predicted * events).sum() / (predicted.sum() + events.sum()).clamp(min=1)
+    return terms, figures
+
+
+def accuracy_where_it_counts(name, logits, truth):
+    """Of partners and states, only where there is a partner or a state other than whole: most have none."""
+    counts = truth >= 0
+    if name in PARTNERS or name == "state":
+        counts = truth != 0
+    if not counts.any():
+        return 1.0
+    return (logits.argmax(-1) == truth)[counts].float().mean()
+
+
+def clip_terms(readouts, whole):
+    """readouts (B, 17), whole (B, 3) -> terms of the loss"""
+    logits = readouts.split(list(CLIP_HEADS.values()), -1)
+    return [0.5 * F.cross_entropy(logits[k], whole[:, k]) for k in range(len(CLIP_HEADS))]
+
+
+def patch_terms(head, patches, shares, classes):
+    """Kind and colour of what covers each patch. shares (B, T, 4, P), classes (B, 4, 7) -> terms of the loss"""
+    share, covering = shares.max(2)  # (B, T, P) each
+    truths = []
+    for k in (0, 1):  # kind, colour
+        thing = classes[:, :, k].clamp(min=0).gather(1, covering.flatten(1)).view_as(covering)
+        truths.append(torch.where(share > 0.3, thing + 1, NONE))
+
+    logits = head(patches).float().split(list(PATCH_HEADS.values()), -1)
+    terms = []
+    for k, truth in enumerate(truths):
+        weight = torch.ones(logits[k].shape[-1])
+        weight[NONE] = 0.1  # mostly table
+        terms.append(0.5 * F.cross_entropy(logits[k].flatten(0, -2), truth.flatten(), weight))
+    return terms
+
+
+def save_half(module: nn.Module, path: Path):
+    save_file({name: tensor.half() for name, tensor in module.state_dict().items()}, path)
+
+
+def mean_figures(rounds: list[dict]) -> dict[str, float]:
+    means = {}
+    for name in rounds[0]:
+        values = [figures[name] for figures in rounds]
+        means[name] = round(float(np.mean(values)), 3)
+    return means
 
 
 def pretrain_encoder(args):
     torch.manual_seed(args.seed)
     encoder = VideoTransformer(PRESETS["toy"])
     heads = EncoderHeads(PRESETS["toy"].encoder_width)
-    task = EncoderTask(
-        args.runs / "world" / "train", "train", args.seed, args.clips, args.processes, np.random.default_rng(args.seed)
-    )
-    val = EncoderTask(args.runs / "world" / "val", "val", args.seed, None, args.processes, np.random.default_rng(1))
-    parameters = list(encoder.parameters()) + list(heads.parameters())
-    print(
-        f"encoder: {sum(p.numel() for p in encoder.parameters()) / 1e6:.2f} M parameters, "
-        f"{len(task.all)} clips, {len(task.active)} with motion"
-    )
+    folder, rng = args.runs / "world", np.random.default_rng(args.seed)
+    task = EncoderTask(folder / "train", "train", args.seed, args.clips, args.processes, rng)
+    validation = EncoderTask(folder / "val", "val", args.seed, None, args.processes, np.random.default_rng(1))
+    size = f"{millions(encoder):.2f} M parameters"
+    print(f"encoder: {size}, {len(task.all)} clips, {len(task.active)} with motion")
+
+    def loss_of_step(step):
+        return encoder_loss(encoder, heads, *task.batch(args.batch))
 
     def watch(step):
         if step % args.evaluate_every and step != args.steps:
             return {}
-        save_file({k: v.half() for k, v in encoder.state_dict().items()}, args.runs / "encoder.safetensors")
+        save_half(encoder, args.runs / "encoder.safetensors")
         encoder.eval()
         with torch.no_grad(), autocast():
-            figures = [encoder_loss(encoder, heads, *val.batch(64))[1] for _ in range(6)]
+            rounds = [encoder_loss(encoder, heads, *validation.batch(64))[1] for _ in range(6)]
         encoder.train()
-        return {"val": {k: round(float(np.mean([f[k] for f in figures])), 3) for k in figures[0]}}
+        return {"val": mean_figures(rounds)}
 
-    train(
-        args.runs / "encoder.jsonl",
-        parameters,
-        args.lr,
-        args.steps,
-        lambda step: encoder_loss(encoder, heads, *task.batch(args.batch)),
-        watch,
-    )
-    save_file({k: v.half() for k, v in encoder.state_dict().items()}, args.weights / "encoder.safetensors")
+    parameters = [*encoder.parameters(), *heads.parameters()]
+    train(args.runs / "encoder.jsonl", parameters, args.lr, args.steps, loss_of_step, watch)
+    save_half(encoder, args.weights / "encoder.safetensors")
 
 
-def sam_batch(frames, owner, rng, images, points):
-    """→ pictures float (B, 3, S, S) in 0…255, points (B, N, 1, 2) as x, y in pixels, targets (B, N, S, S), real (B, N).
+# --------------------------------------------------------------------------- SAM
+
+
+class Prompts(NamedTuple):
+    """A batch for SAM."""
+
+    pictures: torch.Tensor  # (B, 3, S, S) float in 0...255
+    points: torch.Tensor  # (B, N, 1, 2) float: x, y in pixels
+    targets: torch.Tensor  # (B, N, S, S) float, 1 where the thing under the point is
+    real: torch.Tensor  # (B, N) bool: the point is on a thing
+
+
+def sam_batch(frames: np.ndarray, owner: np.ndarray, rng: np.random.Generator, images: int, points: int) -> Prompts:
+    """Random frames with random points.
 
     A fifth of the points fall on the bare table (real False): their predicted IoU is trained to 0, so that the grid's
     many misses are dropped.
     """
-    which = np.stack([rng.integers(len(frames), size=images), rng.integers(world.NUM_FRAMES, size=images)], 1)
-    pictures = np.stack([frames[v, f] for v, f in which])
-    places, targets, real = (
-        np.zeros((images, points, 1, 2), np.float32),
-        np.zeros((images, points, *owner.shape[2:]), np.float32),
-        np.zeros((images, points), bool),
-    )
-    for b, (v, f) in enumerate(which):
-        seen = owner[v, f]
+    videos = rng.integers(len(frames), size=images)
+    moments = rng.integers(world.NUM_FRAMES, size=images)
+    places = np.zeros((images, points, 1, 2), np.float32)
+    targets = np.zeros((images, points, *owner.shape[2:]), np.float32)
+    real = np.zeros((images, points), bool)
+    for b in range(images):
+        seen = owner[videos[b], moments[b]]
         present = np.unique(seen[seen > 0])
         for n in range(points):
-            thing = rng.choice(present) if n < points * 4 // 5 and len(present) else 0
-            ys, xs = np.where(seen == thing)
-            at = rng.integers(len(ys))
-            places[b, n, 0] = xs[at] + 0.5, ys[at] + 0.5
-            real[b, n] = thing > 0
-            targets[b, n] = (seen == thing) & (thing > 0)
-    return (
-        torch.from_numpy(pictures).float(),
-        torch.from_numpy(places),
-        torch.from_numpy(targets),
-        torch.from_numpy(real),
-    )
+            on_a_thing = n < points * 4 // 5 and len(present) > 0
+            thing = rng.choice(present) if on_a_thing else 0
+            places[b, n, 0] = pixel_of(seen == thing, rng)
+            if on_a_thing:
+                real[b, n] = True
+                targets[b, n] = seen == thing
+
+    pictures = np.stack([frames[video, moment] for video, moment in zip(videos, moments)])
+    tensors = [torch.from_numpy(array) for array in (pictures, places, targets, real)]
+    return Prompts(tensors[0].float(), *tensors[1:])
 
 
-def sam_loss(sam, pictures, places, targets, real):
-    """Focal + dice on the best of the three masks, and the regressed IoU (Kirillov et al., 2023, §3)."""
+def pixel_of(mask: np.ndarray, rng: np.random.Generator) -> tuple[float, float]:
+    """The middle x, y of a random pixel of a mask."""
+    ys, xs = np.where(mask)
+    chosen = rng.integers(len(ys))
+    return xs[chosen] + 0.5, ys[chosen] + 0.5
+
+
+def sam_loss(sam, pictures, points, targets, real) -> tuple[torch.Tensor, dict]:
+    """Focal + dice on the best of the three masks, and the regressed IoU (Kirillov et al., 2023, §3).
+
+    -> loss, {figure: value}
+    """
+    logits, iou = predict_masks(sam, pictures, points)  # (B, N, 3, h, w), (B, N, 3)
+    targets = F.interpolate(targets, size=logits.shape[-2:], mode="area")[:, :, None].expand_as(logits)
+    shown = real[..., None]  # (B, N, 1)
+
+    probabilities = logits.sigmoid()
+    each = focal_loss(logits, probabilities, targets) + dice_loss(probabilities, targets) * shown
+    best = each.min(-1).values + 0.1 * each.mean(-1)  # a little of the mean keeps the other two masks alive
+    true_iou = iou_of(logits > 0, targets > 0.5) * shown
+
+    figures = {"IoU": true_iou.max(-1).values[real].mean(), "IoU error": (iou - true_iou).abs().mean()}
+    mask_term = (best * (real + 0.2 * ~real)).mean()
+    iou_term = 2 * (iou - true_iou).square().mean()
+    return mask_term + iou_term, figures
+
+
+def predict_masks(sam, pictures, points):
+    """-> logits (B, N, 3, h, w), predicted IoU (B, N, 3): the three "multimask" outputs that `segment` reads"""
     embeddings = sam.image_encoder((pictures - sam.pixel_mean) / sam.pixel_std)
     position = sam.prompt_encoder.get_dense_pe()
-    masks, ious = [], []
-    for embedding, place in zip(embeddings, places):
-        sparse, dense = sam.prompt_encoder(points=(place, torch.ones(place.shape[:2])), boxes=None, masks=None)
-        m, i = sam.mask_decoder.predict_masks(embedding[None], position, sparse, dense)
-        masks.append(m[:, 1:])  # the three "multimask" outputs that AMG reads
-        ious.append(i[:, 1:])
-    logits, iou = torch.stack(masks).float(), torch.stack(ious).float()  # (B, N, 3, h, w), (B, N, 3)
-    small = F.interpolate(targets, size=logits.shape[-2:], mode="area")[:, :, None].expand_as(logits)
-    p = logits.sigmoid()
-    focal = (F.binary_cross_entropy_with_logits(logits, small, reduction="none") * (p - small).square()).mean(
-        (-2, -1)
-    ) * 20
-    dice = 1 - (2 * (p * small).sum((-2, -1)) + 1) / (p.sum((-2, -1)) + small.sum((-2, -1)) + 1)
-    on, truth = logits > 0, small > 0.5
-    exact = (on & truth).sum((-2, -1)) / (on | truth).sum((-2, -1)).clamp(min=1) * real[..., None]
-    each = focal + dice * real[..., None]
-    best = each.min(-1).values + 0.1 * each.mean(-1)
-    figures = {"IoU": exact.max(-1).values[real].mean(), "IoU error": (iou - exact).abs().mean()}
-    return (best * (real + 0.2 * ~real)).mean() + 2 * (iou - exact).square().mean(), figures
+    all_logits, all_ious = [], []
+    for embedding, place in zip(embeddings, points):
+        prompts = (place, torch.ones(place.shape[:2]))
+        sparse, dense = sam.prompt_encoder(points=prompts, boxes=None, masks=None)
+        logits, iou = sam.mask_decoder.predict_masks(embedding[None], position, sparse, dense)
+        all_logits.append(logits[:, 1:])  # the first is for prompts of several points
+        all_ious.append(iou[:, 1:])
+    return torch.stack(all_logits).float(), torch.stack(all_ious).float()
 
 
-def mask_quality(sam, config, frames, owner, count):
+def focal_loss(logits, probabilities, targets):
+    """(B, N, 3, h, w) each -> (B, N, 3), weighted 20 to 1 against dice, as in the paper"""
+    cross_entropy = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+    pixels = cross_entropy * (probabilities - targets).square()
+    return pixels.mean((-2, -1)) * 20
+
+
+def dice_loss(probabilities, targets):
+    """(B, N, 3, h, w) each -> (B, N, 3)"""
+    overlap = (probabilities * targets).sum((-2, -1))
+    areas = probabilities.sum((-2, -1)) + targets.sum((-2, -1))
+    return 1 - (2 * overlap + 1) / (areas + 1)
+
+
+def iou_of(masks, truth):
+    """(B, N, 3, h, w) bool each -> (B, N, 3)"""
+    union = (masks | truth).sum((-2, -1)).clamp(min=1)
+    return (masks & truth).sum((-2, -1)) / union
+
+
+def mask_quality(sam, config: Config, frames: np.ndarray, owner: np.ndarray, count: int) -> dict[str, float]:
     """The whole automatic path on `count` keyframes: mean best IoU per thing, share found, false masks per picture."""
-    best, false, began = [], [], time.time()
-    for v in range(min(count, len(frames))):
-        f = v % world.NUM_FRAMES
-        masks = segment(frames[v, f].transpose(1, 2, 0), sam, config).numpy()
-        truth = [owner[v, f] == i for i in range(1, SLOTS + 1) if (owner[v, f] == i).sum() > 30]
-        iou = np.array([[(m & t).sum() / (m | t).sum() for m in masks] for t in truth]).reshape(len(truth), len(masks))
-        best += list(iou.max(1)) if len(masks) else [0.0] * len(truth)
-        false.append(int((iou.max(0) < 0.5).sum()) if len(truth) and len(masks) else len(masks))
+    best_ious, false_masks = [], []
+    began = time.time()
+    count = min(count, len(frames))
+    for video in range(count):
+        moment = video % world.NUM_FRAMES
+        masks = segment(frames[video, moment].transpose(1, 2, 0), sam, config).numpy()  # (M, H, W)
+        things = owner[video, moment] == np.arange(1, SLOTS + 1)[:, None, None]  # (4, H, W)
+        things = things[things.sum((-2, -1)) > 30]  # what is nearly hidden is not asked for
+        overlap = (masks & things[:, None]).sum((-2, -1))  # (things, M)
+        iou = overlap / (masks | things[:, None]).sum((-2, -1))
+        best_ious += list(iou.max(1, initial=0))
+        false_masks.append(int((iou.max(0, initial=0) < 0.5).sum()))
     return {
-        "mIoU": round(float(np.mean(best)), 3),
-        "recall": round(float(np.mean(np.array(best) > 0.5)), 3),
-        "false masks": round(float(np.mean(false)), 3),
-        "ms per keyframe": round((time.time() - began) / min(count, len(frames)) * 1e3),
+        "mIoU": round(float(np.mean(best_ious)), 3),
+        "recall": round(float(np.mean(np.array(best_ious) > 0.5)), 3),
+        "false masks": round(float(np.mean(false_masks)), 3),
+        "ms per keyframe": round((time.time() - began) / count * 1e3),
     }
 
 
 def pretrain_sam(args):
     torch.manual_seed(args.seed)
     sam, rng = build_sam(PRESETS["toy"]), np.random.default_rng(args.seed)
-    data = {split: arrays_of(args.runs / "world" / split) for split in ("train", "val")}
-    print(f"SAM: {sum(p.numel() for p in sam.parameters()) / 1e6:.2f} M parameters")
+    frames, owner = arrays_of(args.runs / "world" / "train")
+    validation = arrays_of(args.runs / "world" / "val")
+    print(f"SAM: {millions(sam):.2f} M parameters")
+
+    def loss_of_step(step):
+        return sam_loss(sam, *sam_batch(frames, owner, rng, args.batch, args.points))
 
     def watch(step):
         if step % args.evaluate_every and step != args.steps:
             return {}
-        save_file({k: v.half() for k, v in sam.state_dict().items()}, args.runs / "sam.safetensors")
+        save_half(sam, args.runs / "sam.safetensors")
         sam.eval()
-        quality = mask_quality(sam, PRESETS["toy"], *data["val"], 60 if step < args.steps else 200)
+        quality = mask_quality(sam, PRESETS["toy"], *validation, 60 if step < args.steps else 200)
         sam.train()
         return quality
 
     train(
-        args.runs / "sam.jsonl",
-        list(sam.parameters()),
-        args.lr,
-        args.steps,
-        lambda step: sam_loss(sam, *sam_batch(*data["train"], rng, args.batch, args.points)),
-        watch,
-        weight_decay=0.01,
+        args.runs / "sam.jsonl", list(sam.parameters()), args.lr, args.steps, loss_of_step, watch, weight_decay=0.01
     )
-    save_file({k: v.half() for k, v in sam.state_dict().items()}, args.weights / "sam.safetensors")
+    save_half(sam, args.weights / "sam.safetensors")

@@ -16,7 +16,7 @@ right, y grows downwards (as in an image).
 
 import math
 import runpy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -46,11 +46,14 @@ RADIUS = {
 }
 FRICTION = {"ball": 0.06, "egg": 0.08, "balloon": 0.15, "pin": 0.15, "cube": 0.0}  # speed lost per second
 MOVERS = list(FRICTION)
-MOTION = {"ball": "roll", "egg": "roll", "balloon": "drift", "pin": "slide", "cube": "slide"}
+BOUNCY = ("ball", "cube")  # what comes back from a box or a wall
+MOTION = {"ball": "roll", "egg": "roll", "balloon": "drift", "pin": "slide", "cube": "slide"}  # when hit
 EFFECTS = ("break", "pop", "fall", "roll", "slide", "drift", "stop", "bounce")
 HELD_OUT = ({"pin", "balloon"}, {"egg", "pillow"})
 HELD_OUT_HITS = [("pin", "balloon"), ("balloon", "pin"), ("egg", "pillow")]  # (mover, target)
 AMBIGUOUS_HITS = {("egg", "egg"), ("pin", "pin"), ("balloon", "balloon")}  # like meets like: not modelled
+WHOLE, BROKEN, POPPED, GONE = range(4)  # states of a thing
+LASTING = {"break": BROKEN, "pop": POPPED, "fall": GONE}  # effect -> the state in which it leaves a thing
 SPLITS = {"train": 0, "val": 1, "test": 2, "text": 3}  # disjoint random streams
 
 
@@ -59,17 +62,20 @@ def outcome(mover: str, target: str) -> tuple[str, str]:
     if target == "hole":
         return "mover", "fall"
     if {mover, target} == {"pin", "balloon"}:
-        return ("mover" if mover == "balloon" else "target"), "pop"
+        balloon = "mover" if mover == "balloon" else "target"
+        return balloon, "pop"
     if mover == "balloon":
         return "mover", "stop"
     if target == "balloon":
         return "target", "drift"
     if mover == "egg":
-        return "mover", "stop" if target == "pillow" else "break"
+        effect = "stop" if target == "pillow" else "break"
+        return "mover", effect
     if target == "egg":
         return "target", "break"
     if target == "box":
-        return "mover", "bounce" if mover in ("ball", "cube") else "stop"
+        effect = "bounce" if mover in BOUNCY else "stop"
+        return "mover", effect
     if target == "pillow":
         return "mover", "stop"
     return "target", MOTION[target]
@@ -102,52 +108,93 @@ class Event:
 
 @dataclass
 class Clip:
-    """One simulated video. `trajectory` (frames, n, 2), `state` (frames, n): 0 whole, 1 broken, 2 popped, 3 gone."""
+    """One simulated video of n things: `trajectory` (frames, n, 2), `state` (frames, n), one of WHOLE to GONE."""
 
     things: list[Thing]
     events: list[Event]
     trajectory: np.ndarray
     state: np.ndarray
     next_hit: Event | None = None  # set when the clip is cut just before a collision
-    seed: tuple = field(default=())
+    seed: tuple = ()
 
     @property
     def visible(self) -> list[Event]:
-        return [e for e in self.events if e.time < LAST_SEEN]
+        return [event for event in self.events if event.time < LAST_SEEN]
+
+
+def hit_kinds(clip: Clip, hit: Event) -> tuple[str, str]:
+    """The kinds that meet: (mover, target)."""
+    return clip.things[hit.subject].kind, clip.things[hit.object].kind
 
 
 def direction_of(velocity) -> str:
     x, y = velocity
-    return ("right" if x > 0 else "left") if abs(x) >= abs(y) else ("down" if y > 0 else "up")
+    if abs(x) >= abs(y):
+        return "right" if x > 0 else "left"
+    return "down" if y > 0 else "up"
 
 
 # --------------------------------------------------------------------------- simulator
 
 
 class Simulation:
-    """Discs on a table. 32 steps a frame-second keep a thing from tunnelling (≤ .02 table widths a step)."""
+    """Discs on a table. 32 steps a second keep a thing from tunnelling (at most .02 table widths a step)."""
 
-    SUBSTEPS = 8
+    SUBSTEPS = 8  # per frame
 
     def __init__(self, things, without=None, noise=0.0, rng=None):
         self.things, self.events = things, []
-        self.position = [list(t.position) for t in things]
+        self.position = [list(thing.position) for thing in things]
         self.velocity = [[0.0, 0.0] for _ in things]
-        self.state = [0] * len(things)
+        self.state = [WHOLE] * len(things)
         self.cause: list[int | None] = [None] * len(things)  # the event that set each thing in motion
-        self.started, self.touching = set(), set()
-        self.launch = [t.velocity for t in things]
+        self.started = set()
+        self.touching = set()  # pairs whose hit is in the log already
+        self.launch = [thing.velocity for thing in things]
         if noise:
-            self.launch = [v and tuple(np.array(v) * (1 + noise * rng.standard_normal(2))) for v in self.launch]
+            self.launch = [self.disturb(velocity, noise, rng) for velocity in self.launch]
         if without is not None:
-            self.state[without] = 3
+            self.state[without] = GONE
+
+    @staticmethod
+    def disturb(velocity, noise, rng):
+        if velocity is None:
+            return None
+        return tuple(np.array(velocity) * (1 + noise * rng.standard_normal(2)))
 
     def log(self, time, type, subject, object=None, cause=None, direction=None) -> int:
+        """Write down an event and return its index."""
         self.events.append(Event(round(time, 4), type, subject, object, cause, direction))
         return len(self.events) - 1
 
     def speed(self, i) -> float:
         return math.hypot(*self.velocity[i])
+
+    def halt(self, i):
+        self.velocity[i] = [0.0, 0.0]
+
+    def run(self, frames) -> tuple[np.ndarray, np.ndarray]:
+        """-> trajectory (frames, n, 2) float32, state (frames, n) int8, as they are when each frame begins"""
+        n = len(self.things)
+        trajectory = np.zeros((frames, n, 2), np.float32)
+        state = np.zeros((frames, n), np.int8)
+        dt = 1 / FPS / self.SUBSTEPS
+        for frame in range(frames):
+            trajectory[frame] = self.position
+            state[frame] = self.state
+            for step in range(self.SUBSTEPS):
+                self.advance(frame / FPS + step * dt, dt)
+        return trajectory, state
+
+    def advance(self, time, dt):
+        """One step: everything moves, then whatever touches collides."""
+        n = len(self.things)
+        for i in range(n):
+            if self.state[i] == WHOLE:
+                self.move(i, time, dt)
+        for i in range(n):
+            for j in range(i + 1, n):
+                self.collide(i, j, time)
 
     def move(self, i, time, dt):
         thing = self.things[i]
@@ -155,14 +202,17 @@ class Simulation:
             self.started.add(i)
             self.velocity[i] = list(self.launch[i])
             self.cause[i] = self.log(time, "start", i, direction=direction_of(self.launch[i]))
+
         speed = self.speed(i)
         if speed == 0:
             return
         slower = speed - FRICTION[thing.kind] * dt
         if slower < 0.02:
-            self.velocity[i] = [0.0, 0.0]
+            self.halt(i)
             return
-        radius, wall = RADIUS[thing.kind], None
+
+        radius = RADIUS[thing.kind]
+        wall = None  # the axis in which it ran against one
         for axis in (0, 1):
             self.velocity[i][axis] *= slower / speed
             self.position[i][axis] += self.velocity[i][axis] * dt
@@ -173,78 +223,88 @@ class Simulation:
             self.hit_wall(i, wall, time)
 
     def hit_wall(self, i, axis, time):
-        kind, hit = self.things[i].kind, self.log(time, "wall", i, cause=self.cause[i])
-        bounced = [-0.5 * v if a == axis else 0.5 * v for a, v in enumerate(self.velocity[i])]
-        self.velocity[i] = [0.0, 0.0]
+        kind = self.things[i].kind
+        hit = self.log(time, "wall", i, cause=self.cause[i])
+        back = [0.5 * v for v in self.velocity[i]]
+        back[axis] = -back[axis]
+        self.halt(i)
         if kind == "egg":
-            self.state[i] = 1
+            self.state[i] = BROKEN
             self.log(time, "break", i, cause=hit)
-        elif kind in ("ball", "cube"):
-            self.velocity[i] = bounced
-            self.cause[i] = self.log(time, "bounce", i, cause=hit, direction=direction_of(bounced))
+        elif kind in BOUNCY:
+            self.velocity[i] = back
+            self.cause[i] = self.log(time, "bounce", i, cause=hit, direction=direction_of(back))
         else:
             self.log(time, "stop", i, cause=hit)
 
     def collide(self, i, j, time):
         """Resolve a contact of two whole things, if it is a new one and they approach each other."""
         (vx, vy), (wx, wy) = self.velocity[i], self.velocity[j]
-        if self.state[i] or self.state[j] or vx == vy == wx == wy == 0:
+        resting = vx == vy == wx == wy == 0
+        if self.state[i] != WHOLE or self.state[j] != WHOLE or resting:
             return
+
         kinds = self.things[i].kind, self.things[j].kind
-        reach = RADIUS["hole"] if "hole" in kinds else RADIUS[kinds[0]] + RADIUS[kinds[1]]
-        x, y = self.position[j][0] - self.position[i][0], self.position[j][1] - self.position[i][1]
+        if "hole" in kinds:  # a thing falls when its centre is over the hole
+            reach = RADIUS["hole"]
+        else:
+            reach = RADIUS[kinds[0]] + RADIUS[kinds[1]]
+        x = self.position[j][0] - self.position[i][0]
+        y = self.position[j][1] - self.position[i][1]
         distance = math.hypot(x, y)
         if distance >= reach:
             if distance >= reach * 1.02:
                 self.touching.discard((i, j))
             return
-        if (i, j) in self.touching or (wx - vx) * x + (wy - vy) * y > 0:
+        receding = (wx - vx) * x + (wy - vy) * y > 0
+        if (i, j) in self.touching or receding:
             return
+
         self.touching.add((i, j))
-        first = self.speed(i) >= self.speed(j) if "hole" not in kinds else kinds[1] == "hole"
-        self.resolve(*((i, j) if first else (j, i)), time)
+        if "hole" in kinds:
+            first_moves = kinds[1] == "hole"
+        else:
+            first_moves = self.speed(i) >= self.speed(j)
+        if first_moves:
+            self.resolve(i, j, time)
+        else:
+            self.resolve(j, i, time)
 
     def resolve(self, mover, target, time):
         who, effect = outcome(self.things[mover].kind, self.things[target].kind)
-        hit = self.log(time, "hit", mover, target, cause=self.cause[mover])
-        gap = [t - m for t, m in zip(self.position[target], self.position[mover])]
-        normal, speed = [g / max(math.hypot(*gap), 1e-6) for g in gap], self.speed(mover)
         affected = mover if who == "mover" else target
-        after = [0.0, 0.0]
+        hit = self.log(time, "hit", mover, target, cause=self.cause[mover])
+        gap = [there - here for there, here in zip(self.position[target], self.position[mover])]
+        normal = [g / max(math.hypot(*gap), 1e-6) for g in gap]
+        speed = self.speed(mover)
+
         if effect in MOTION.values():
-            self.velocity[target], self.velocity[mover] = [n * speed * 0.95 for n in normal], [0.0, 0.0]
-            after = self.velocity[target]
+            self.velocity[target] = [n * speed * 0.95 for n in normal]
+            self.halt(mover)
         elif effect == "bounce":
-            after = self.velocity[mover] = [-n * speed * 0.5 for n in normal]
+            self.velocity[mover] = [-n * speed * 0.5 for n in normal]
         elif who == "target":  # the mover pushes on through what it broke, slowly
             self.velocity[mover] = [0.3 * v for v in self.velocity[mover]]
         else:
-            self.velocity[mover] = [0.0, 0.0]
-        if effect in ("break", "pop", "fall"):
-            self.state[affected] = {"break": 1, "pop": 2, "fall": 3}[effect]
-            self.velocity[affected] = [0.0, 0.0]
-        moving = effect in (*MOTION.values(), "bounce")
-        event = self.log(time, effect, affected, cause=hit, direction=direction_of(after) if moving else None)
-        if moving:
-            self.cause[affected] = event
+            self.halt(mover)
 
-    def run(self, frames):
-        n, dt = len(self.things), 1 / FPS / self.SUBSTEPS
-        trajectory, state = np.zeros((frames, n, 2), np.float32), np.zeros((frames, n), np.int8)
-        for frame in range(frames):
-            trajectory[frame], state[frame] = self.position, self.state
-            for step in range(self.SUBSTEPS):
-                time = frame / FPS + step * dt
-                for i in range(n):
-                    if self.state[i] == 0:
-                        self.move(i, time, dt)
-                for i in range(n):
-                    for j in range(i + 1, n):
-                        self.collide(i, j, time)
-        return trajectory, state
+        if effect in LASTING:
+            self.state[affected] = LASTING[effect]
+            self.halt(affected)
+        if effect == "bounce" or effect in MOTION.values():
+            direction = direction_of(self.velocity[affected])
+            self.cause[affected] = self.log(time, effect, affected, cause=hit, direction=direction)
+        else:
+            self.log(time, effect, affected, cause=hit)
 
 
-def simulate(things, frames=24, without=None, noise=0.0, rng=None) -> Clip:
+def simulate(
+    things: list[Thing],
+    frames: int = 24,
+    without: int | None = None,
+    noise: float = 0.0,
+    rng: np.random.Generator | None = None,
+) -> Clip:
     """Run the world. `without`: index of a thing to leave out (a counterfactual); `noise`: relative launch noise."""
     simulation = Simulation(things, without, noise, rng)
     trajectory, state = simulation.run(frames)
@@ -259,21 +319,31 @@ def may_share_table(kinds) -> bool:
     return not any(pair <= set(kinds) for pair in HELD_OUT)
 
 
+def pushed_by(kind: str) -> list[str]:
+    """The kinds that move on when a thing of this kind hits them."""
+    return [other for other in MOVERS if outcome(kind, other) == ("target", MOTION[other])]
+
+
 class Scene:
     """Places things so that something is likely to happen: chains of things standing in each other's way."""
 
     def __init__(self, rng, held_out):
         self.rng, self.held_out, self.things = rng, held_out, []
-        self.colours = [str(c) for c in rng.permutation(list(COLOURS))]
+        self.colours = [str(colour) for colour in rng.permutation(list(COLOURS))]
 
     def place(self, kind, position, velocity=None, start=0.0) -> bool:
-        clear = all(math.dist(position, t.position) > RADIUS[kind] + RADIUS[t.kind] + 0.04 for t in self.things)
-        inside = all(0.12 < p < 0.88 for p in position)
-        kinds = [t.kind for t in self.things] + [kind]
-        if not clear or not inside or kinds.count("hole") > 1 or len(kinds) > 4:
+        """Put one more thing on the table; False, and no thing, where it would not fit."""
+        kinds = [thing.kind for thing in self.things] + [kind]
+        if not all(0.12 < p < 0.88 for p in position):
+            return False
+        for thing in self.things:
+            if math.dist(position, thing.position) <= RADIUS[kind] + RADIUS[thing.kind] + 0.04:
+                return False
+        if kinds.count("hole") > 1 or len(kinds) > 4:
             return False
         if not self.held_out and not may_share_table(kinds):
             return False
+
         colour = HOLE_COLOUR if kind == "hole" else self.colours.pop()
         self.things.append(Thing(kind, colour, tuple(map(float, position)), velocity, start))
         return True
@@ -282,77 +352,75 @@ class Scene:
         """`length` things in a row, the first launched along an axis (± 20°) toward the second, and so on."""
         rng = self.rng
         angle = rng.integers(4) * math.pi / 2 + rng.uniform(-0.35, 0.35)
-        position, speed, previous = rng.uniform(0.12, 0.88, 2), rng.uniform(0.28, 0.45), None
+        position = rng.uniform(0.12, 0.88, 2)
+        speed = rng.uniform(0.28, 0.45)
+        previous = None
         for link in range(length):
-            if kinds:
-                kind = kinds[link]
-            elif link == length - 1 and link:
-                kind = str(rng.choice(KINDS))
+            kind = kinds[link] if kinds else self.choose_kind(previous, last=link == length - 1)
+            if kind is None:
+                return False
+            if previous is None:
+                velocity = (speed * math.cos(angle), speed * math.sin(angle))
+                placed = self.place(kind, position, velocity, start)
             else:
-                pushed = [k for k in MOVERS if previous is None or outcome(previous, k) == ("target", MOTION[k])]
-                if not pushed:
-                    return False
-                kind = str(rng.choice(pushed))
-            if link:
-                reach = RADIUS[previous] + RADIUS[kind]
-                offset = rng.uniform(-0.15, 0.15) * reach
-                along, across = (
-                    np.array([math.cos(angle), math.sin(angle)]),
-                    np.array([-math.sin(angle), math.cos(angle)]),
-                )
-                position = position + along * (reach + rng.uniform(0.12, 0.3)) + across * offset
-                angle += math.asin(offset / reach)
-            launch = (speed * math.cos(angle), speed * math.sin(angle)) if link == 0 else None
-            if (previous, kind) in AMBIGUOUS_HITS or not self.place(kind, position, launch, start if launch else 0.0):
+                position, angle = self.next_in_row(position, angle, RADIUS[previous] + RADIUS[kind])
+                placed = (previous, kind) not in AMBIGUOUS_HITS and self.place(kind, position)
+            if not placed:
                 return False
             previous = kind
         return True
 
-    def fill(self, pair=None) -> bool:
-        rng, first = self.rng, float(self.rng.uniform(0.1, 1.5))
-        second = first + float(rng.uniform(0.5, 1.3)) * (1 if first < 0.9 else -1)
-        plan = rng.choice(["pair", "row", "two pairs", "alone", "pair and one"], p=[0.2, 0.22, 0.3, 0.06, 0.22])
-        if pair is not None:
-            ok = self.chain(2, first, pair)
+    def choose_kind(self, previous, last) -> str | None:
+        """The next kind of a chain: one that can be launched or pushed on, or any at the end; None: there is none."""
+        if previous is None:
+            kinds = MOVERS
+        elif last:
+            kinds = KINDS
         else:
-            ok = self.chain({"row": 3, "alone": 1}.get(plan, 2), min(first, 0.9) if plan == "row" else first)
-        if plan == "two pairs":
-            ok = ok and (self.chain(2, second) if pair is None else self.chain(1, second))
-        elif plan == "pair and one":
-            ok = ok and self.chain(1, second)
+            kinds = pushed_by(previous)
+        return str(self.rng.choice(kinds)) if kinds else None
+
+    def next_in_row(self, position, angle, reach):
+        """-> a position that a thing on its way at this angle will hit, a little off centre; the angle after that"""
+        offset = self.rng.uniform(-0.15, 0.15) * reach
+        along = np.array([math.cos(angle), math.sin(angle)])
+        across = np.array([-math.sin(angle), math.cos(angle)])
+        position = position + along * (reach + self.rng.uniform(0.12, 0.3)) + across * offset
+        return position, angle + math.asin(offset / reach)
+
+    def fill(self, pair=None) -> bool:
+        """One or two chains and up to three onlookers; False where they would not fit. pair: kinds of the first two."""
+        rng = self.rng
+        first = float(rng.uniform(0.1, 1.5))
+        pause = float(rng.uniform(0.5, 1.3))
+        second = first + pause if first < 0.9 else first - pause
+        plan = rng.choice(["pair", "row", "two pairs", "alone", "pair and one"], p=[0.2, 0.22, 0.3, 0.06, 0.22])
+
+        if pair is not None:
+            fits = self.chain(2, first, pair)
+        elif plan == "row":
+            fits = self.chain(3, min(first, 0.9))
+        elif plan == "alone":
+            fits = self.chain(1, first)
+        else:
+            fits = self.chain(2, first)
+        if fits and plan == "two pairs":
+            fits = self.chain(2 if pair is None else 1, second)
+        elif fits and plan == "pair and one":
+            fits = self.chain(1, second)
         for _ in range(rng.integers(0, 4)):
             self.place(str(rng.choice(KINDS)), rng.uniform(0.12, 0.88, 2))
-        return ok and len(self.things) >= 2
+        return fits and len(self.things) >= 2
 
 
-def make_things(rng, held_out=False, pair=None) -> list[Thing]:
+def make_things(rng: np.random.Generator, held_out: bool = False, pair: tuple[str, str] | None = None) -> list[Thing]:
     while True:
         scene = Scene(rng, held_out)
         if scene.fill(pair):
             return [scene.things[i] for i in rng.permutation(len(scene.things))]
 
 
-def hit_kinds(clip, event) -> tuple[str, str]:
-    return clip.things[event.subject].kind, clip.things[event.object].kind
-
-
-def cut_before(clip, hit, rng) -> Clip | None:
-    """Delay the whole scene so that the clip ends just before `hit`; None if the story would be unclear then."""
-    delay = SECONDS + rng.uniform(0.05, 0.35) - hit.time
-    if delay < 0:
-        return None
-    things = [Thing(t.kind, t.colour, t.position, t.velocity, t.start + delay) for t in clip.things]
-    late = simulate(things)
-    coming = [e for e in late.events if e.type == "hit" and e.time >= LAST_SEEN]
-    if not coming or not SECONDS <= coming[0].time < 4.5:
-        return None
-    nxt, clash = coming[0], [e for e in late.events if LAST_SEEN <= e.time < coming[0].time]
-    crowded = len(coming) > 1 and coming[1].time < nxt.time + 0.35
-    seen_moving = nxt.cause is not None and late.events[nxt.cause].time < 3.2
-    if (nxt.subject, nxt.object) != (hit.subject, hit.object) or clash or crowded or not seen_moving:
-        return None
-    late.next_hit = nxt
-    return late
+# --------------------------------------------------------------------------- clips
 
 
 def make_clip(seed: int, index: int, split: str = "train", held_out: bool = False, cut: bool | None = None) -> Clip:
@@ -363,24 +431,62 @@ def make_clip(seed: int, index: int, split: str = "train", held_out: bool = Fals
     """
     key = (SPLITS[split], seed, index, int(held_out))
     rng = np.random.default_rng(key)
-    cut = bool(rng.random() < 0.4) if cut is None else cut
+    if cut is None:
+        cut = rng.random() < 0.4
     pair = HELD_OUT_HITS[index % len(HELD_OUT_HITS)] if held_out else None
     while True:
         clip = simulate(make_things(rng, held_out, pair))
-        hits = [e for e in clip.events if e.type == "hit"]
-        if any(hit_kinds(clip, e) in AMBIGUOUS_HITS for e in hits):
+        hits = [event for event in clip.events if event.type == "hit"]
+        if any(hit_kinds(clip, hit) in AMBIGUOUS_HITS for hit in hits):
             continue
         if cut:
-            wanted = [e for e in hits if pair is None or hit_kinds(clip, e) == pair]
-            clip = cut_before(clip, wanted[rng.integers(len(wanted))], rng) if wanted else None
+            wanted = [hit for hit in hits if pair is None or hit_kinds(clip, hit) == pair]
+            if not wanted:
+                continue
+            clip = cut_before(clip, wanted[rng.integers(len(wanted))], rng)
             if clip is None:
                 continue
-        elif not clip.visible or any(LAST_SEEN - 0.3 < e.time < 4.2 for e in clip.events):
-            continue  # nothing to see, or something half seen at the end
-        elif len(clip.visible) > 8 or (not hits and rng.random() < 0.6):
-            continue  # too long a story for one breath, or only walls to talk about
-        clip.trajectory, clip.state, clip.seed = clip.trajectory[:NUM_FRAMES], clip.state[:NUM_FRAMES], key
+        elif not is_worth_telling(clip, rng):
+            continue
+        clip.trajectory = clip.trajectory[:NUM_FRAMES]
+        clip.state = clip.state[:NUM_FRAMES]
+        clip.seed = key
         return clip
+
+
+def is_worth_telling(clip: Clip, rng: np.random.Generator) -> bool:
+    if not clip.visible:
+        return False
+    if any(LAST_SEEN - 0.3 < event.time < 4.2 for event in clip.events):  # half seen at the end
+        return False
+    if len(clip.visible) > 8:  # too long a story for one breath
+        return False
+    if any(event.type == "hit" for event in clip.events):
+        return True
+    return rng.random() >= 0.6  # only walls to talk about
+
+
+def cut_before(clip: Clip, hit: Event, rng: np.random.Generator) -> Clip | None:
+    """Delay the whole scene so that the clip ends just before `hit`; None if the story would be unclear then."""
+    delay = SECONDS + rng.uniform(0.05, 0.35) - hit.time
+    if delay < 0:
+        return None
+    late = simulate([replace(thing, start=thing.start + delay) for thing in clip.things])
+
+    coming = [event for event in late.events if event.type == "hit" and event.time >= LAST_SEEN]
+    if not coming or not SECONDS <= coming[0].time < 4.5:
+        return None
+    next_hit = coming[0]
+    if (next_hit.subject, next_hit.object) != (hit.subject, hit.object):
+        return None
+    if any(LAST_SEEN <= event.time < next_hit.time for event in late.events):  # half seen
+        return None
+    if len(coming) > 1 and coming[1].time < next_hit.time + 0.35:  # two at once
+        return None
+    if next_hit.cause is None or late.events[next_hit.cause].time >= 3.2:  # the mover is hardly seen to move
+        return None
+    late.next_hit = next_hit
+    return late
 
 
 if __name__ == "__main__":
