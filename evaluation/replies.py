@@ -118,7 +118,11 @@ def ask(
 
 def batches_of(questions: list[Sample], size: int) -> list[list[int]]:
     """Indices of the questions, those of similar length together."""
-    order = sorted(range(len(questions)), key=lambda i: (len(questions[i].answer), len(questions[i].question)))
+
+    def length(i):
+        return len(questions[i].answer), len(questions[i].question)
+
+    order = sorted(range(len(questions)), key=length)
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
@@ -159,7 +163,8 @@ def see_the_same(features: Features, video: str | None) -> Features:
 def see_black(model: VidReason) -> Features:
     """Features of a black clip of four seconds: encoder and SAM see it as any other."""
     config = model.config
-    clips, frames, side = config.num_clips, config.frames_per_clip, config.image_size
+    clips, frames = config.num_clips, config.frames_per_clip
+    side = config.image_size
     black = torch.zeros(clips, frames, 3, side, side, dtype=torch.uint8)
     times = torch.arange(clips * frames).view(clips, frames) * 4 / (clips * frames)
     keyframes = [np.zeros((side, side, 3), np.uint8)] * clips
@@ -229,15 +234,17 @@ def evaluate_model(
     if not askable:
         raise VidReasonError(f"not one video can be read ({args.videos}): check --videos")
 
+    ids = [sample.id for sample in askable]
     replies = {}  # condition -> {sample id: reply}
     for condition in ("full", *args.controls):
-        see, kept, desc = conditions[condition], work / f"{condition}.jsonl", f"answers, {condition}"
+        see = conditions[condition]
+        kept = work / f"{condition}.jsonl"
+        desc = f"answers, {condition}"
         answers = ask(model, askable, see, protocol, kept, args.batch, desc, benchmark.prompts)
-        ids = [sample.id for sample in askable]
         replies[condition] = dict(zip(ids, answers, strict=True))
 
     full = replies.pop("full")
-    columns = {}
+    columns = {}  # name -> whether each sample is right
     for condition, answers in replies.items():
         columns[condition] = right_by(benchmark, samples, answers, "said")
     if protocol == "likelihood" and any(has_one_right_option(sample) for sample in samples):
@@ -245,13 +252,15 @@ def evaluate_model(
     predictions = {name: reply["said"] for name, reply in full.items()}
     summary, items = score_predictions(benchmark, samples, predictions, columns)
 
-    for number, (sample, item) in enumerate(zip(samples, items, strict=True)):
-        item |= {key: value for key, value in full.get(sample.id, {}).items() if key != "said"}
+    for number, item in enumerate(items):
+        details = dict(full.get(item["id"], {}))
+        details.pop("said", None)  # it is the item's prediction
+        item |= details
         item["controls"] = {}
         for condition, answers in replies.items():
-            said = answers.get(sample.id, {}).get("said")
+            said = answers.get(item["id"], {}).get("said")
             item["controls"][condition] = {"said": said, "correct": columns[condition][number]}
-        if sample.video in bad:
+        if item["video"] in bad:
             item["trouble"] = Trouble.UNREADABLE.value
     for trouble in (Trouble.MISSING, Trouble.UNREADABLE):
         summary[trouble.value] = sum(item["trouble"] == trouble.value for item in items)

@@ -110,10 +110,12 @@ def interval(right: Iterable[float], groups: Iterable, rounds: int = 1000) -> li
     """95 % bootstrap interval of a mean, resampling whole videos: questions about one video are not independent."""
     names = sorted(set(map(str, groups)))
     index = {name: i for i, name in enumerate(names)}
-    total, count = np.zeros(len(names)), np.zeros(len(names))
+    total = np.zeros(len(names))
+    count = np.zeros(len(names))
     for one, group in zip(right, groups, strict=True):
-        total[index[str(group)]] += one
-        count[index[str(group)]] += 1
+        i = index[str(group)]
+        total[i] += one
+        count[i] += 1
 
     picks = np.random.default_rng(0).integers(len(names), size=(rounds, len(names)))
     means = total[picks].sum(1) / count[picks].sum(1)
@@ -162,7 +164,9 @@ def score_predictions(
         raise VidReasonError("no prediction is about any of the questions (--predictions): is --format right?")
 
     items = [item_of(sample, predictions, benchmark) for sample in samples]
-    measured = {"": [item["correct"] for item in items], **baselines(samples), **(columns or {})}
+    measured = {"": [item["correct"] for item in items]}
+    measured |= baselines(samples)
+    measured |= columns or {}
     by_type = summaries(benchmark, samples, measured)
     for group, hits in per_option_hits(benchmark, samples, items).items():
         by_type[group] |= {"per_option_accuracy": sum(hits) / len(hits), "options": len(hits)}
@@ -250,10 +254,10 @@ COLUMNS = {  # of the table, as far as they were measured
 def print_table(benchmark: Benchmark, summary: dict):
     """A row per type, and what was counted as wrong without being judged."""
     rows = {**summary["by_type"], "all together": summary}
-    measured = set()
-    for row in rows.values():
-        measured |= row.keys()
-    shown = [name for name in COLUMNS if f"{name}_accuracy" in measured]
+    shown = []
+    for column in COLUMNS:
+        if any(f"{column}_accuracy" in row for row in rows.values()):
+            shown.append(column)
     heads = ["type", "accuracy", "95 % interval", *(COLUMNS[name] for name in shown), "n"]
     widths = [max(map(len, rows)) + 2, 9, 16, *(10 for _ in shown), 7, 0]
 
@@ -366,6 +370,13 @@ def print_comparison(comparison: dict):
     for name, row in [*comparison["by_type"].items(), ("all together", comparison)]:
         first, second = row["accuracy"]
         low, high = row["interval"]
-        cells = [name, f"{first:.3f}", f"{second:.3f}", f"{row['difference']:+.3f}", f"{low:+.3f} – {high:+.3f}"]
-        lines.append([*cells, f"{row['p']:.2g}", str(row["n"])])
+        lines.append([
+            name,
+            f"{first:.3f}",
+            f"{second:.3f}",
+            f"{row['difference']:+.3f}",
+            f"{low:+.3f} – {high:+.3f}",
+            f"{row['p']:.2g}",
+            str(row["n"]),
+        ])
     print_columns(heads, lines, widths=[16, 8, 8, 12, 18, 10, 7])
