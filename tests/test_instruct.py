@@ -310,8 +310,8 @@ def hangs(path, frames):
 def test_some_files_kill_or_hang_their_decoder(decoder, patience, says, monkeypatch):
     monkeypatch.setattr(instruct, "show", decoder)
     context, args = multiprocessing.get_context("forkserver"), argparse.Namespace(frames=4)
-    kind, why, _ = ask_teacher(Path("a.mp4"), args, "", context, patience)
-    assert kind == "unreadable" and says in why and "a.mp4" in why
+    outcome = ask_teacher(Path("a.mp4"), args, "", context, patience)
+    assert outcome.kind == "unreadable" and says in outcome.reason and "a.mp4" in outcome.reason
 
 
 def test_mistakes_of_the_user_are_one_line(teacher, tmp_path, monkeypatch, capsys):
