@@ -30,11 +30,12 @@ A mistake of yours is one line on stderr, "error: <what> (<where>): <what to do>
 a bad one costs only its own answers.
 """
 
+from __future__ import annotations  # types are names here: the libraries that they stand for come later, or not at all
+
 import os
 
-os.environ.setdefault(
-    "OMP_WAIT_POLICY", "PASSIVE"
-)  # before torch: spinning threads cost 25x when another program is busy
+# before torch: spinning threads cost 25x when another program is busy
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import argparse
 import atexit
@@ -44,9 +45,17 @@ import math
 import sys
 import textwrap
 import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    from vidreason import Features, VidReason
 
 TOY = Path(__file__).resolve().parent / "toy" / "weights"
 UNSURE = 0.5  # below this confidence the best prediction is called a guess
@@ -55,13 +64,17 @@ PICTURES = (".png", ".jpg", ".svg", ".pdf")
 VIDEOS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".3gp", ".gif")
 
 
+# --------------------------------------------------------------------------- the command line
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         fail(f"{message} (command line): see python infer.py --help")
 
 
 def say_error(message):
-    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
+    one_line = " ".join(str(message).split())
+    print(f"error: {one_line}", file=sys.stderr)
 
 
 def fail(message):
@@ -69,7 +82,7 @@ def fail(message):
     raise SystemExit(2)
 
 
-def parse(arguments=None):
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line, every value checked -> its settings; clips and questions are lists, [None] without question."""
     usage = "python infer.py clip [clip ...] [question] [-q question ...] [options]"
     parser = Parser(usage=usage, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -150,17 +163,23 @@ def check_picture(path):
     write_picture(path, Path.touch, keep=False)
 
 
-def write_picture(path, write, keep=True):
+def write_picture(path: Path, write: Callable[[Path], object], keep: bool = True):
     """Written aside and renamed: a half picture never stands under its name."""
     aside = path.with_name(path.name + ".partial")
     try:
         write(aside)
-        os.replace(aside, path) if keep else aside.unlink()
+        if keep:
+            os.replace(aside, path)
+        else:
+            aside.unlink()
     except OSError as error:
         fail(f"picture cannot be written: {error.strerror or error} ({path}): choose another place")
 
 
-def unfamiliar(features, directory):
+# --------------------------------------------------------------------------- answers
+
+
+def unfamiliar(features: Features, directory: Path | str) -> bool:
     """Whether a clip is unlike those the weights were trained on; False if the model directory cannot tell.
 
     It can if it holds familiar.safetensors: mean (D_v,), whiten (D_v, D_v) and limit () of the training clips' global
@@ -172,50 +191,69 @@ def unfamiliar(features, directory):
     if not path.exists():
         return False
     known = load_file(path)
-    z_global = features.z_vision[~features.is_object].float().cpu()
-    return bool(((z_global - known["mean"].float()) @ known["whiten"].float()).norm(dim=1).mean() > known["limit"])
+    z_global = features.z_vision[~features.is_object].float().cpu()  # (N_t, D_v)
+    whitened = (z_global - known["mean"].float()) @ known["whiten"].float()
+    distance = whitened.norm(dim=1).mean()
+    return bool(distance > known["limit"])
 
 
-def reason(model, features, question, args):
+def reason(model: VidReason, features: Features, question: str, args) -> dict:
     """Answer, streaming unless a machine reads -> the fields of the JSON object."""
     from transformers import TextStreamer
 
-    streaming = not args.json and args.beams == 1
-    streamer = TextStreamer(model.tokenizer, skip_prompt=True, skip_special_tokens=True) if streaming else None
+    streamer = None
+    if not args.json and args.beams == 1:
+        streamer = TextStreamer(model.tokenizer, skip_prompt=True, skip_special_tokens=True)
     options = {"beams": args.beams, "top_p": args.top_p, "temperature": args.temperature, "streamer": streamer}
-    if args.max_new_tokens:
-        options["max_new_tokens"] = args.max_new_tokens
-    answer = model.answer(features, question, **options)
-    if not args.json and not streaming:
+    answer = model.answer(features, question, **options, **length_of_answer(args))
+    if not args.json and not streamer:
         print(answer, flush=True)
     return {"answer": answer}
 
 
-def predict(model, features, question, args):
+def length_of_answer(args) -> dict:
+    """The option of generate, if it was given; else the model's own holds."""
+    if args.max_new_tokens:
+        return {"max_new_tokens": args.max_new_tokens}
+    return {}
+
+
+def predict(model: VidReason, features: Features, question: str, args) -> dict:
     """The three likeliest next events; the confidence of each is its share of the likelihood of all that was found.
 
     "Nothing more happens" is not among them unless the model says so by itself.
     """
     from vidreason import CAPTION_PROMPT
 
-    length = {"max_new_tokens": args.max_new_tokens} if args.max_new_tokens else {}
-    found = model.answer_batch([features], [question], beams=args.beams, answers=args.beams, **length)
-    texts = [text for text in dict.fromkeys(found) if text]
-    shares = model.option_logprobs(features, question, texts).softmax(0).tolist() if texts else []
+    length = length_of_answer(args)
+    beams = model.answer_batch([features], [question], beams=args.beams, answers=args.beams, **length)
+    candidates = [text for text in dict.fromkeys(beams) if text]
+    shares = []
+    if candidates:
+        shares = model.option_logprobs(features, question, candidates).softmax(0).tolist()
     because = model.answer(features, CAPTION_PROMPT, **length)  # what the model saw is all it has to go by
-    ranked = sorted(zip(shares, texts, strict=True), reverse=True)[:3]
-    events = [{"event": text, "confidence": round(share, 3), "because": because} for share, text in ranked]
+    ranked = sorted(zip(shares, candidates, strict=True), reverse=True)
+    events = []
+    for share, text in ranked[:3]:
+        events.append({"event": text, "confidence": round(share, 3), "because": because})
     unsure = not events or events[0]["confidence"] < UNSURE
     if not args.json:
-        for i, event in enumerate(events, 1):
-            print(f"{i}. {event['event']}   (confidence {event['confidence']:.2f})")
-        print(f"because: {because}", flush=True)
-        if unsure:
-            print("unsure: no event is clearly the likeliest", flush=True)
+        print_predictions(events, because, unsure)
     return {"predictions": events, "unsure": unsure}
 
 
-def looked_at(model, features, question, answer):
+def print_predictions(events: list[dict], because: str, unsure: bool):
+    for i, event in enumerate(events, 1):
+        print(f"{i}. {event['event']}   (confidence {event['confidence']:.2f})")
+    print(f"because: {because}", flush=True)
+    if unsure:
+        print("unsure: no event is clearly the likeliest", flush=True)
+
+
+# --------------------------------------------------------------------------- --explain
+
+
+def looked_at(model: VidReason, features: Features, question: str, answer: str) -> torch.Tensor:
     """Where the queries looked for this answer: the share of each token of Z_vision -> (N_v,), sums to 1.
 
     The weights of cross-attention (Eq. 3), averaged over layers and heads. Not every query matters to every answer, so
@@ -227,10 +265,15 @@ def looked_at(model, features, question, answer):
 
     e_vision, weights = model.fuse([features], return_weights=True)  # weights (1, layers, heads, N_q, N_v)
     e_vision = e_vision.detach().requires_grad_()
-    packed = pack([Conversation([encode_pair(model.tokenizer, question, answer)])], model.config.num_queries)
-    (gradient,) = torch.autograd.grad(loss(model.llm, packed.to(model.device), e_vision)[0], e_vision)
-    use = gradient[0].float().norm(dim=-1).clamp(min=1e-30)  # an answer of probability 1 has no gradient
-    return (use / use.sum()) @ weights[0].detach().float().mean((0, 1))
+    pair = encode_pair(model.tokenizer, question, answer)
+    packed = pack([Conversation([pair])], model.config.num_queries)
+    nll, _ = loss(model.llm, packed.to(model.device), e_vision)
+    (gradient,) = torch.autograd.grad(nll, e_vision)  # (1, N_q, D_llm)
+
+    importance = gradient[0].float().norm(dim=-1)  # (N_q,)
+    importance = importance.clamp(min=1e-30)  # an answer of probability 1 has no gradient
+    of_queries = weights[0].detach().float().mean((0, 1))  # (N_q, N_v)
+    return (importance / importance.sum()) @ of_queries
 
 
 HOW_TO_READ = (
@@ -243,83 +286,140 @@ HOW_TO_READ = (
 )
 
 
-def explain(model, features, question, answer, path):
+def explain(model: VidReason, features: Features, question: str, answer: str, path: Path):
     """Draw the keyframes with their times and masks, and looked_at as bars."""
+    shares = looked_at(model, features, question, answer).cpu()
+    clips = len(features.keyframes)
+    most = max(map(len, features.masks))
+    of_objects = shares[clips:].split([len(masks) for masks in features.masks])
+
+    figure, panels = sheet(question, answer, clips, bars=1 + most)
+    number = 1  # of the next object
+    for i, (picture, chart) in enumerate(panels):
+        numbers = range(number, number + len(of_objects[i]))
+        number = numbers.stop
+        times = features.frame_times[i].tolist()
+        middle = times[len(times) // 2]
+        picture.set_title(f"{middle:.1f} s   (part {i + 1}: {times[0]:.1f} to {times[-1]:.1f} s)", size=11)
+        draw_masks(picture, features.keyframes[i], features.masks[i], numbers, of_objects[i] / shares.max())
+        draw_bars(chart, f"all of part {i + 1}", numbers, [shares[i].item(), *of_objects[i].tolist()])
+        chart.set(xlim=(0, 1.25 * shares.max().item()), ylim=(most + 0.6, -0.6))  # one scale, so that bars compare
+
+    picture_format = path.suffix[1:].lower()
+    write_picture(path, lambda aside: figure.savefig(aside, format=picture_format, bbox_inches="tight"))
+
+
+def sheet(question: str, answer: str, clips: int, bars: int):
+    """-> (figure with its texts, for each clip the axes of its picture and those of its chart); four clips a row"""
     from matplotlib.figure import Figure
 
-    shares = looked_at(model, features, question, answer).cpu()
-    clips, most = len(features.keyframes), max(map(len, features.masks))
-    rows, columns = math.ceil(clips / 4), min(clips, 4)
-    width, bars = max(8, 3.2 * columns), 0.3 + 0.2 * (1 + most)  # inches
-    wrap = lambda text, size: textwrap.fill(text, int(width * 72 / (0.56 * size)), break_on_hyphens=False)
-    head, foot = wrap(f"Question: {question}", 13) + "\n" + wrap(f"Answer: {answer}", 13), wrap(HOW_TO_READ, 9)
-    height = rows * (2.9 + bars) + 0.22 * (head.count("\n") + 1) + 0.15 * (foot.count("\n") + 1) + 0.3
+    rows = math.ceil(clips / 4)
+    columns = min(clips, 4)
+    width = max(8, 3.2 * columns)  # inches, as are all sizes here but those of letters
+    picture_height = 2.6
+    chart_height = 0.3 + 0.2 * bars
+    head = wrapped(f"Question: {question}", 13, width) + "\n" + wrapped(f"Answer: {answer}", 13, width)
+    foot = wrapped(HOW_TO_READ, 9, width)
+    height = rows * (picture_height + 0.3 + chart_height)
+    height += 0.22 * (head.count("\n") + 1) + 0.15 * (foot.count("\n") + 1) + 0.3
+
     figure = Figure((width, height), dpi=100, layout="constrained")
     figure.suptitle(head, x=0.01, ha="left", size=13, parse_math=False)
     figure.supxlabel(foot, x=0.01, ha="left", size=9)
-    panels = figure.subplots(2 * rows, columns, squeeze=False, height_ratios=[2.6, bars] * rows)
-    of_objects = shares[clips:].split([len(masks) for masks in features.masks])
-    number = 1
-    for i, (picture, chart) in enumerate(panels.reshape(rows, 2, columns).swapaxes(1, 2).reshape(-1, 2)):
-        if i >= clips:
-            picture.set_axis_off()
-            chart.set_axis_off()
-            continue
-        names = range(number, number := number + len(of_objects[i]))
-        times = features.frame_times[i].tolist()
-        middle, part = times[len(times) // 2], f"part {i + 1}: {times[0]:.1f} to {times[-1]:.1f} s"
-        picture.set_title(f"{middle:.1f} s   ({part})", size=11)
-        draw_masks(picture, features.keyframes[i], features.masks[i], names, of_objects[i] / shares.max())
-        draw_bars(chart, f"all of part {i + 1}", names, [shares[i].item(), *of_objects[i].tolist()])
-        chart.set(xlim=(0, 1.25 * shares.max().item()), ylim=(most + 0.6, -0.6))  # one scale, so that bars compare
-    write_picture(path, lambda at: figure.savefig(at, format=path.suffix[1:].lower(), bbox_inches="tight"))
+    axes = figure.subplots(2 * rows, columns, squeeze=False, height_ratios=[picture_height, chart_height] * rows)
+    panels = []
+    for i in range(rows * columns):
+        row, column = divmod(i, columns)
+        panels.append((axes[2 * row, column], axes[2 * row + 1, column]))
+    for picture, chart in panels[clips:]:
+        picture.set_axis_off()
+        chart.set_axis_off()
+    return figure, panels[:clips]
 
 
-def colour(number):
+def wrapped(text: str, size: int, width: float) -> str:
+    """In lines that fit into `width` inches: letters of `size` points are 0.56 as wide as high."""
+    letters = int(width * 72 / (0.56 * size))
+    return textwrap.fill(text, letters, break_on_hyphens=False)
+
+
+def colour(number: int) -> str:
     return f"C{number % 10}"
 
 
-def draw_masks(axes, keyframe, masks, names, strengths):
-    """The picture with outlined masks, a number beside each."""
+def draw_masks(axes, keyframe: np.ndarray, masks: torch.Tensor, numbers: range, strengths: torch.Tensor):
+    """The picture (S, S, 3) with outlined masks (K', S, S), a number beside each. strengths (K',), from 0 to 1."""
     import numpy as np
 
     axes.imshow(keyframe)
-    grid = np.arange(-1, len(keyframe) + 1)
-    for mask, name, strength, place in zip(masks, names, strengths.tolist(), places(masks.numpy())):
-        edge = np.pad(mask, 1).astype(float)  # padded: an outline closes at the border of the picture
-        axes.contour(grid, grid, edge, [0.5], colors="white", linewidths=2 + 3 * strength)
-        axes.contour(grid, grid, edge, [0.5], colors=[colour(name)], linewidths=0.8 + 2.5 * strength)
-        box = {"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": colour(name)}
-        axes.annotate(name, *place, ha="center", va="center", size=9, bbox=box, arrowprops={"arrowstyle": "-"})
-    axes.set(xticks=[], yticks=[], xlim=(-0.5, len(keyframe) - 0.5), ylim=(len(keyframe) - 0.5, -0.5))
+    side = len(keyframe)
+    grid = np.arange(-1, side + 1)
+    annotations = places(masks.numpy())
+    for mask, number, strength, (own, place) in zip(masks, numbers, strengths.tolist(), annotations, strict=True):
+        outline = np.pad(mask, 1).astype(float)  # padded: an outline closes at the border of the picture
+        axes.contour(grid, grid, outline, [0.5], colors="white", linewidths=2 + 3 * strength)
+        axes.contour(grid, grid, outline, [0.5], colors=[colour(number)], linewidths=0.8 + 2.5 * strength)
+        box = {"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": colour(number)}
+        line = {"arrowstyle": "-"}
+        axes.annotate(number, own, place, ha="center", va="center", size=9, bbox=box, arrowprops=line)
+    axes.set(xticks=[], yticks=[], xlim=(-0.5, side - 0.5), ylim=(side - 0.5, -0.5))
 
 
-def places(masks):
-    """For each mask a pixel of its own, and a place for its number: near, on no mask if there is room, on no number."""
+def places(masks: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """For each mask a pixel of its own, and a place for its number: near, on no mask if there is room, on no number.
+
+    masks bool (K', S, S) -> pairs of (x, y).
+    """
     import numpy as np
 
-    size, taken = masks.shape[-1], []
-    turns = np.linspace(0, 2 * np.pi, 24, endpoint=False)
-    ring = np.concatenate([r * np.stack([np.sin(turns), -np.cos(turns)], 1) for r in np.arange(0.1, 0.6, 0.03) * size])
+    size = masks.shape[-1]
+    angles = np.linspace(0, 2 * np.pi, 24, endpoint=False)
+    directions = np.stack([np.sin(angles), -np.cos(angles)], 1)
+    radii = np.arange(0.1, 0.6, 0.03) * size
+    steps = np.concatenate([radius * directions for radius in radii])  # nearest first
+    on_a_mask = masks.any(0)
+
+    taken = []
     for mask in masks:
         pixels = np.argwhere(mask)[:, ::-1]
-        own = pixels[((pixels - pixels.mean(0)) ** 2).sum(1).argmin()]
-        near = (own + ring)[((own + ring) > 0.05 * size).all(1) & ((own + ring) < 0.95 * size).all(1)]
-        near = [p for p in near if all(np.hypot(*(p - other)) > 0.1 * size for other in taken)] or [own]
+        from_centre = pixels - pixels.mean(0)
+        own = pixels[(from_centre**2).sum(1).argmin()]
+
+        near = own + steps
+        near = near[(near > 0.05 * size).all(1) & (near < 0.95 * size).all(1)]
+        near = [place for place in near if is_apart(place, taken, 0.1 * size)]
+        if not near:
+            near = [own]
         x, y = np.array(near).astype(int).T
-        free = ~masks.any(0)[y, x]
-        taken.append(near[free.argmax()])
-        yield own, taken[-1]
+        free = ~on_a_mask[y, x]
+        place = near[free.argmax()]  # the first of them, or of all
+        taken.append(place)
+        yield own, place
 
 
-def draw_bars(axes, whole, names, shares):
+def is_apart(place: np.ndarray, others: list[np.ndarray], distance: float) -> bool:
+    import numpy as np
+
+    return all(np.hypot(*(place - other)) > distance for other in others)
+
+
+def draw_bars(axes, whole: str, numbers: range, shares: list[float]):
     """How much was looked at the whole part, then at each object, in the colour of its outline."""
-    labels, colours = [whole, *(f"object {name}" for name in names)], ["white", *map(colour, names)]
-    bars = axes.barh(labels, shares, color=colours, edgecolor="black", hatch=["///", *[""] * len(names)])
+    labels = [whole]
+    colours = ["white"]
+    hatches = ["///"]
+    for number in numbers:
+        labels.append(f"object {number}")
+        colours.append(colour(number))
+        hatches.append("")
+    bars = axes.barh(labels, shares, color=colours, edgecolor="black", hatch=hatches)
     axes.bar_label(bars, [f"{share:.0%}" for share in shares], padding=3, size=9)
     axes.tick_params("y", labelsize=9)
     axes.set_xticks([])
     axes.spines[["top", "right", "bottom"]].set_visible(False)
+
+
+# --------------------------------------------------------------------------- the program
 
 
 @dataclass
@@ -327,7 +427,7 @@ class Clip:
     """What the model saw in a clip."""
 
     name: str
-    features: object  # vidreason.Features
+    features: Features
     unfamiliar: bool
 
 
@@ -357,7 +457,9 @@ class Program:
         several = len(self.args.clips) * len(self.args.questions) > 1
         for name in names:
             clip = self.watch(name)
-            for question in self.args.questions if clip else []:
+            if not clip:
+                continue
+            for question in self.args.questions:
                 self.ask(clip, question, heading=several)
 
     @contextmanager
@@ -390,23 +492,18 @@ class Program:
         """Answer one question about one clip, the same whatever was asked before."""
         import torch
 
-        from vidreason import PREDICT_PROMPT, REASON_PROMPT
-
         args = self.args
+        prompt = question or default_prompt(args.task)
         answer = predict if args.task == "predict" else reason
-        prompt = question or (PREDICT_PROMPT if args.task == "predict" else REASON_PROMPT)
         with self.said(clip.name):
             if heading and not args.json:
                 print(f"{clip.name}: {question}" if question else clip.name, flush=True)
             torch.manual_seed(args.seed)
             result = answer(self.model, clip.features, prompt, args)
             if args.explain:
-                best = result["predictions"][0]["event"] if result.get("predictions") else result.get("answer", "")
-                explain(self.model, clip.features, prompt, best, args.explain)
+                explain(self.model, clip.features, prompt, best_of(result), args.explain)
             if args.json:
-                tokens = int(clip.features.is_object.sum())
-                of_clip = {"object_tokens": tokens, "unfamiliar": clip.unfamiliar}
-                print(json.dumps({"video": clip.name, "question": prompt, **result, **of_clip}), flush=True)
+                print_json(clip, prompt, result)
             elif heading:
                 print(flush=True)
 
@@ -423,6 +520,7 @@ class Program:
                 self.ask_all(clips, line)
 
     def ask_all(self, clips, question):
+        """An answer of each clip; Ctrl-C breaks them off."""
         if not clips:
             say_error(f"no clip to ask about ({question}): name one first")
         try:
@@ -434,7 +532,32 @@ class Program:
             print()  # the answer is broken off, the conversation is not
 
 
-def lines_of_stdin():
+def default_prompt(task: str) -> str:
+    """The paper's own, for want of a question."""
+    from vidreason import PREDICT_PROMPT, REASON_PROMPT
+
+    return PREDICT_PROMPT if task == "predict" else REASON_PROMPT
+
+
+def best_of(result: dict) -> str:
+    """The text that --explain explains: the answer, or the likeliest event if there is any."""
+    if result.get("predictions"):
+        return result["predictions"][0]["event"]
+    return result.get("answer", "")
+
+
+def print_json(clip: Clip, prompt: str, result: dict):
+    row = {
+        "video": clip.name,
+        "question": prompt,
+        **result,
+        "object_tokens": int(clip.features.is_object.sum()),
+        "unfamiliar": clip.unfamiliar,
+    }
+    print(json.dumps(row), flush=True)
+
+
+def lines_of_stdin() -> Iterator[str]:
     """Lines up to an empty one or the end; whoever types them is prompted."""
     typing = sys.stdin.isatty() and sys.stdout.isatty()
     if typing:

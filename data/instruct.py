@@ -68,7 +68,7 @@ def show(path: Path, frames: int) -> list[dict] | Unreadable:
 
 
 def read_reply(text: str) -> tuple[str, str]:
-    """The teacher's JSON -> (numbered steps, prediction). ValueError: what is wrong with it, for the teacher to read."""
+    """The teacher's JSON -> (numbered steps, prediction). ValueError: what is wrong with it, as the teacher is told."""
     text = text.rpartition("</think>")[2]
     braces = re.search(r"\{.*\}", text, re.DOTALL)
     if not braces:

@@ -103,6 +103,10 @@ def test_two_processes_make_one_world(tmp_path):
     assert next_commands(done)[0].startswith("torchrun --nproc_per_node 2 train.py --stage 2 ")
 
 
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
 def test_a_world_half_made_is_not_taken_for_whole(tmp_path):
     """Killed between two videos; the same command goes on, to the bytes of a world made in one go."""
     clone = fresh_copy(tmp_path / "clone")
@@ -118,8 +122,8 @@ def test_a_world_half_made_is_not_taken_for_whole(tmp_path):
     typed(f"python {command}", clone)
     assert {path: path.stat().st_mtime_ns for path in kept} == times
     make_training_world(tmp_path / "whole", 16, 2)
-    found, whole = ({path.name: path.read_bytes() for path in at.iterdir()} for at in (folder, tmp_path / "whole"))
-    assert found == whole and len(whole) == 16 + 4  # captions, samples, text and the lock
+    whole = contents(tmp_path / "whole")
+    assert contents(folder) == whole and len(whole) == 16 + 4  # captions, samples, text and the lock
 
 
 def test_a_small_world_grows_into_a_larger_one(tmp_path):

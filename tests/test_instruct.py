@@ -168,25 +168,31 @@ def rows(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+MISBEHAVIOUR = {
+    3: [say("Sure! Here you go."), say({"explanation": STEPS}), say(GOOD)],
+    4: [fault(429, Retry_After=1), say(GOOD)],
+    5: [say(None, refusal="I cannot help with that.")],
+    6: [say("The", "content_filter")],
+    7: [fault(500), fault(503), say(GOOD)],
+    8: [30.0],
+    9: [say({**GOOD, "prediction": "..."})],
+    10: [fault(400, "content_filter")],
+    11: [fault(400)],
+    12: [say(f"<think>a {{ b }}</think>```json\n{json.dumps(GOOD)}\n```")],
+    13: [(200, b"<html>busy</html>")],
+    14: [(0, b"")],
+}
+
+
+def gaps(server, clip):
+    """Seconds between the requests about a clip."""
+    times = [time_of_request for time_of_request, _, _ in server.seen[clip]]
+    return np.diff(times).tolist()
+
+
 def test_what_teachers_do(teacher, tmp_path, monkeypatch, capsys):
     """Malformed replies, rate limits, refusals, faults and time-outs in one run; the next one asks about the rest."""
-    server = teacher(
-        {
-            3: [say("Sure! Here you go."), say({"explanation": STEPS}), say(GOOD)],
-            4: [fault(429, Retry_After=1), say(GOOD)],
-            5: [say(None, refusal="I cannot help with that.")],
-            6: [say("The", "content_filter")],
-            7: [fault(500), fault(503), say(GOOD)],
-            8: [30.0],
-            9: [say({**GOOD, "prediction": "..."})],
-            10: [fault(400, "content_filter")],
-            11: [fault(400)],
-            12: [say(f"<think>a {{ b }}</think>```json\n{json.dumps(GOOD)}\n```")],
-            13: [(200, b"<html>busy</html>")],
-            14: [(0, b"")],
-        },
-        delay=0.2,
-    )
+    server = teacher(MISBEHAVIOUR, delay=0.2)
     videos, out = clips(tmp_path / "videos", range(2, 15)), tmp_path / "new" / "made.jsonl"
     (videos / "cut.mp4").write_bytes((videos / "13.mp4").read_bytes()[:-2000])
     (videos / "gone.mp4").symlink_to(videos / "nowhere")
@@ -202,10 +208,11 @@ def test_what_teachers_do(teacher, tmp_path, monkeypatch, capsys):
         2: 1, 3: 3, 4: 2, 5: 1, 6: 1, 7: 3, 8: 3, 9: 3, 10: 1, 11: 1, 12: 1, 13: 1, 14: 3,
     }  # fmt: skip
     assert 2 <= server.most <= 3  # side by side, and bounded
-    assert {key for requests in server.seen.values() for _, _, key in requests} == {"Bearer secret"}
-    gap = lambda n, i: server.seen[n][i + 1][0] - server.seen[n][i][0]
-    assert gap(4, 0) >= 1  # Retry-After; back-off alone would have waited half a second
-    assert 0.3 < gap(7, 0) - 0.2 < 0.75 <= gap(7, 1) - 0.2 + 0.01  # exponential, with up to a quarter of jitter
+    for requests in server.seen.values():
+        assert {key for _, _, key in requests} == {"Bearer secret"}
+    assert gaps(server, 4)[0] >= 1  # Retry-After; back-off alone would have waited half a second
+    first, second = gaps(server, 7)
+    assert 0.3 < first - 0.2 < 0.75 <= second - 0.2 + 0.01  # exponential, with up to a quarter of jitter
     asked = server.seen[3][2][1]
     assert [m["role"] for m in asked] == ["user", "assistant", "user", "assistant", "user"]
     assert asked[1]["content"] == "Sure! Here you go." and "no JSON object" in asked[2]["content"]
@@ -255,18 +262,24 @@ def test_a_killed_run_goes_on(teacher, tmp_path, monkeypatch, capsys):
     code, told = run(monkeypatch, capsys, server.url, videos, out)
     assert code == 0 and f"{len(there)} videos are done, {15 - len(there)} to ask about" in told
     assert out.read_bytes().startswith(before) and b"never" not in out.read_bytes()
-    assert sorted(row["id"] for row in rows(out)) == sorted(
-        f"{n}.mp4#{part}" for n in range(2, 17) for part in ("explain", "predict")
-    )
+    expected = [f"{n}.mp4#explain" for n in range(2, 17)] + [f"{n}.mp4#predict" for n in range(2, 17)]
+    assert sorted(row["id"] for row in rows(out)) == sorted(expected)
     assert sorted(f"{n}.mp4" for n in server.seen) == sorted({f"{n}.mp4" for n in range(2, 17)} - there)
     assert len(read_samples(out, videos)) == 30
 
 
 def test_finished_at_every_byte(tmp_path):
     """Wherever a kill cuts the file, whole pairs of records stay and nothing else."""
-    origin, out = {"teacher": "m", "frames": 8}, tmp_path / "made.jsonl"
-    line = lambda name, part: json.dumps({**origin, "id": f"{name}#{part}", "video": name, "answer": "é"}) + "\n"
-    pairs = [(line(name, "explain") + line(name, "predict")).encode() for name in ("a.mp4", "b #predict.mp4", "c.mp4")]
+    origin = {"teacher": "m", "frames": 8}
+    out = tmp_path / "made.jsonl"
+
+    def line(name, part):
+        return json.dumps({**origin, "id": f"{name}#{part}", "video": name, "answer": "é"}) + "\n"
+
+    pairs = []
+    for name in ("a.mp4", "b #predict.mp4", "c.mp4"):
+        pair = line(name, "explain") + line(name, "predict")
+        pairs.append(pair.encode())
     whole, head = b"".join(pairs), json.dumps(origin)[:-1].encode()
     ends = {0: set(), len(pairs[0]): {"a.mp4"}, len(pairs[0] + pairs[1]): {"a.mp4", "b #predict.mp4"}}
     ends[len(whole)] = {"a.mp4", "b #predict.mp4", "c.mp4"}

@@ -91,7 +91,11 @@ def sam_formulas(c):
     }[c.sam]  # fmt: skip
     side, patch, mlp = (12, 8, 3) if c.sam == "toy" else (64, 16, 4)
     n, padded = side * side, (70 if side == 64 else side) ** 2  # windows of 14 × 14: 64 is padded to 70
-    mixing = lambda tokens, keys, grid: 8 * d * d * tokens + 4 * tokens * keys * d + 4 * tokens * grid * d
+
+    def mixing(tokens, keys, grid):
+        """Projections, attention, and the relative positions along a grid."""
+        return 8 * d * d * tokens + 4 * tokens * keys * d + 4 * tokens * grid * d
+
     windowed = mixing(padded, 196, 14) + 4 * mlp * d * d * n
     every = mixing(n, n, side) + 4 * mlp * d * d * n
     neck = 2 * n * (3 * patch * patch * d + d * out + 9 * out * out)
@@ -215,6 +219,11 @@ def test_the_largest_micro_batch_just_fits(paper):
     assert cramped["stage2"]["largest_micro_batch"]["LLM_replicated"] == 0
 
 
+def forward_and_backward(llm, packed, e_vision):
+    nll, _ = loss(llm, packed, e_vision)
+    nll.backward()
+
+
 def test_saved_bytes_and_flops_are_those_of_a_real_step(monkeypatch):
     """A fused kernel on the CPU keeps the same tensors as the plan's kernel on the meta device."""
     shape = LlamaConfig(
@@ -226,12 +235,12 @@ def test_saved_bytes_and_flops_are_those_of_a_real_step(monkeypatch):
         llm = LlamaForCausalLM._from_config(shape, attn_implementation="sdpa").to(device).requires_grad_(False)
         packed = pack([Conversation([(list(range(9)), list(range(8)))])] * 3, 4).to(device)
         e_vision = torch.zeros(3, 4, 32, device=device, requires_grad=True)
-        step = lambda llm, packed, e_vision: loss(llm, packed, e_vision)[0].backward()
-        measured[device] = trace(partial(step, llm, packed, e_vision), llm.parameters())
+        step = partial(forward_and_backward, llm, packed, e_vision)
+        measured[device] = trace(step, llm.parameters())
         monkeypatch.setattr(sys.modules[trace.__module__], "FusedAttention", nullcontext)  # the CPU has its own
     assert measured["meta"][1] == near(measured["cpu"][1])
     with sdpa_kernel(SDPBackend.MATH):
-        assert measured["meta"][0] == trace(partial(step, llm, packed, e_vision))[0]
+        assert measured["meta"][0] == trace(step)[0]
 
 
 # ------------------------------------------------------------------------------------------------ steps and time

@@ -20,6 +20,7 @@ import train
 from data.batches import Batches
 from data.benchmarks import read_samples
 from data.features import FeatureCache, encode_videos
+from data.records import Sample
 from vidreason import VideoTransformer, VidReason, VidReasonError, build_sam
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,8 +44,10 @@ def place(config, tmp_path_factory):
     for i, name in enumerate(names):
         write_video(folder / "videos" / name, n=4 + i)
     captions = [{"video": name, "caption": ANSWERS[i % 4]} for i, name in enumerate(names)]
-    asked = [{"video": name, "question": "why ?", "answer": ANSWERS[(i + k) % 4]} for i, name in enumerate(names)
-             for k in (0, 1)]  # fmt: skip
+    asked = []
+    for i, name in enumerate(names):
+        asked.append({"video": name, "question": "why ?", "answer": ANSWERS[i % 4]})
+        asked.append({"video": name, "question": "why ?", "answer": ANSWERS[(i + 1) % 4]})
     asked += [{"question": "what ?", "answer": "it breaks", "context": "the ball hits the egg"}] * 3
     (folder / "captions.jsonl").write_text("\n".join(map(json.dumps, captions)))
     (folder / "asked.jsonl").write_text("\n".join(map(json.dumps, asked)))
@@ -86,6 +89,21 @@ def losses(out):
     return [row["loss"] for row in rows]
 
 
+def core_of(out):
+    """The fusion core that a run has left."""
+    return load_file(out / "model" / "fusion.safetensors")
+
+
+def adapters_of(out):
+    return load_file(out / "model" / "lora" / "adapter_model.safetensors")
+
+
+def differences(one, other):
+    """name -> the largest absolute difference of its tensors"""
+    assert one.keys() == other.keys()
+    return {name: (one[name] - other[name]).abs().max() for name in one}
+
+
 @pytest.fixture(scope="module")
 def whole(place, tmp_path_factory):
     """An uninterrupted run of stage 1 in one process."""
@@ -112,14 +130,14 @@ def test_two_processes_compute_what_one_computes(place, whole, tmp_path, flags):
     rounding, which Adam divides by its own size.
     """
     run(place, tmp_path, "--stage 1 --muon_lr 0 --lr 1e-4", flags, processes=2)
-    alone, together = losses(whole[0]), losses(tmp_path)
-    assert alone == pytest.approx(together, rel=1e-6)
-    alone, together = (load_file(out / "model" / "fusion.safetensors") for out in (whole[0], tmp_path))
+    assert losses(whole[0]) == pytest.approx(losses(tmp_path), rel=1e-6)
+    alone, together = core_of(whole[0]), core_of(tmp_path)
     assert alone.keys() == together.keys()
-    for name in alone.keys():
+    for name in alone:
         difference = (alone[name] - together[name]).abs()
         if name.endswith("self_qkv.bias"):
-            difference = torch.cat([difference.chunk(3)[0], difference.chunk(3)[2]])
+            of_queries, _, of_values = difference.chunk(3)
+            difference = torch.cat([of_queries, of_values])
         assert name.endswith("W_K.bias") or difference.max() < 1e-6, name
 
 
@@ -131,13 +149,12 @@ def test_stage_2_on_two_processes_computes_what_one_computes(place, whole, tmp_p
     assert "LoRA adapters of rank 2" in text
     run(place, tmp_path / "two", flags, "--micro_batch 2", processes=2)
     assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), rel=1e-6)
-    adapters = [load_file(tmp_path / n / "model" / "lora" / "adapter_model.safetensors") for n in ("one", "two")]
-    assert adapters[0].keys() == adapters[1].keys() and len(adapters[0]) == 2 * 2 * 7  # A and B, layers, linear parts
-    assert all((adapters[0][k] - adapters[1][k]).abs().max() < 1e-6 for k in adapters[0])
-    cores = [load_file(tmp_path / n / "model" / "fusion.safetensors") for n in ("one", "two")]
-    assert all(
-        (cores[0][k] - cores[1][k]).abs().max() < 1e-6 for k in cores[0] if not k.endswith(("W_K.bias", "qkv.bias"))
-    )
+    of_adapters = differences(adapters_of(tmp_path / "one"), adapters_of(tmp_path / "two"))
+    assert len(of_adapters) == 2 * 2 * 7  # A and B, layers, linear parts
+    assert max(of_adapters.values()) < 1e-6
+    of_cores = differences(core_of(tmp_path / "one"), core_of(tmp_path / "two"))
+    for name, difference in of_cores.items():
+        assert difference < 1e-6 or name.endswith(("W_K.bias", "qkv.bias")), name
 
 
 def kill(arguments, out, mid_save):
@@ -167,8 +184,7 @@ def test_a_killed_run_resumes_to_the_same_bits(place, whole, tmp_path):
     run(place, tmp_path, flags)
     assert losses(tmp_path) == losses(whole[0])
     assert not any((tmp_path / "checkpoints").glob("*.partial"))
-    alone, resumed = (load_file(out / "model" / "fusion.safetensors") for out in (whole[0], tmp_path))
-    assert all(torch.equal(alone[k], resumed[k]) for k in alone)
+    assert max(differences(core_of(whole[0]), core_of(tmp_path)).values()) == 0
 
 
 def test_a_checkpoint_of_two_processes_resumes_on_one_and_on_two(place, tmp_path):
@@ -201,6 +217,17 @@ def test_another_run_or_a_foreign_checkpoint_is_refused(place, whole, tmp_path):
     assert losses(tmp_path) == losses(whole[0])
 
 
+def test_a_run_agrees_with_its_checkpoint_on_what_decides_it(whole):
+    """Fails if an option is newly marked as decisive or as free: older runs would be refused, or others taken for them.
+
+    A new option that decides the result is added here."""
+    agreement = json.loads((train.complete_checkpoints(whole[0])[-1] / "run.json").read_text())
+    frozen_parts = {"preset", "encoder_weights", "sam", "sam_weights", "llm"}
+    length = {"max_videos", "epochs", "max_steps", "batch", "pairs_per_video", "text_share"}
+    rates = {"lr", "lora_lr", "muon_lr", "warmup", "weight_decay"}
+    assert agreement.keys() == {"stage", "seed", "precision", "data"} | frozen_parts | length | rates
+
+
 def test_bad_videos_are_named_and_too_many_stop_the_run(place, tmp_path):
     (place / "videos" / "bad.mp4").write_text("not a video")
     records = (place / "captions.jsonl").read_text() + '\n{"video": "bad.mp4", "caption": "red"}'
@@ -225,11 +252,14 @@ def settings_of(place, tmp_path, **given):
 @pytest.mark.parametrize("stage", [1, 2])
 def test_only_what_a_stage_trains_changes(place, whole, tmp_path, stage):
     """Encoder, SAM and LLM stay the same bit for bit; the queries learn through the frozen LLM."""
-    given = {} if stage == 1 else dict(stage=2, init_from=str(whole[0] / "model"), data=[str(place / "asked.jsonl")])
-    settings, cpu = settings_of(place, tmp_path, **given), torch.device("cpu")
+    given = {}
+    if stage == 2:
+        given = dict(stage=2, init_from=str(whole[0] / "model"), data=[str(place / "asked.jsonl")])
+    settings = settings_of(place, tmp_path, **given)
+    cpu = torch.device("cpu")
     model = train.build(settings, cpu, torch.float32)
     before = {name: p.clone() for name, p in model.named_parameters()}
-    samples = [s for path in settings.data for s in read_samples(path)]
+    samples = read_samples(settings.data[0])
     cache = FeatureCache(place / "features")
     batches = Batches(settings, samples, cache, model.tokenizer, model.config.num_queries)
     optimizers = train.build_optimizers(model, settings)
@@ -252,7 +282,9 @@ def test_the_paper_s_settings_are_the_defaults_of_its_preset(model):
             model.add_lora()
         (adamw,) = train.build_optimizers(model.freeze(stage), settings)
         assert type(adamw) is torch.optim.AdamW and {g["betas"] for g in adamw.param_groups} == {(0.9, 0.98)}
-        decay = {id(p): g["weight_decay"] for g in adamw.param_groups for p in g["params"]}
+        decay = {}
+        for group in adamw.param_groups:
+            decay |= dict.fromkeys(map(id, group["params"]), group["weight_decay"])
         for name, p in model.named_parameters():
             if p.requires_grad:
                 assert decay[id(p)] == (0.05 if p.ndim == 2 and name != "fusion.queries" else 0.0), name
@@ -269,45 +301,70 @@ def test_the_schedule_warms_up_and_decays_to_zero():
 
 
 def test_every_video_comes_once_per_epoch_on_one_rank_or_on_four(place, tmp_path):
-    settings, cache = settings_of(place, tmp_path, batch=4, micro_batch=1), FeatureCache(place / "features")
+    settings = settings_of(place, tmp_path, batch=4, micro_batch=1)
     samples = read_samples(place / "captions.jsonl")
+    cache = FeatureCache(place / "features")
 
     class Spy(dict):
         def __getitem__(self, name):
             seen.append(name)
             return cache[name]
 
-    spy, found = Spy.fromkeys(cache.videos), []
+    spy = Spy.fromkeys(cache.videos)
+    of_worlds = []
     for world in (1, 4):
-        seen, by_step = [], []
+        seen = []
+        by_step = []
         for step in range(3):
             for rank in range(world):
                 Batches(settings, samples, spy, tiny_tokenizer(), 5, rank, world).step(step)
             by_step.append(sorted(seen[-4:]))
         assert sorted(seen) == sorted(cache.videos)
-        found.append(by_step)
-    assert found[0] == found[1]
+        of_worlds.append(by_step)
+    assert of_worlds[0] == of_worlds[1]
+
+
+def test_the_order_of_samples_is_that_of_runs_begun_with_older_versions():
+    """Fails if a random stream gets another number, is drawn from in another order, or counts something else."""
+    samples = [Sample(f"text-{i}", None, "why ?", "red") for i in range(5)]
+    cache = dict.fromkeys(["0.mp4", "1.mp4", "2.mp4", "3.mp4"])
+    for name in cache:
+        samples += [Sample(f"{name[0]}-{i}", name, f"why {i} ?", "red", weight=1.5) for i in range(3)]
+    settings = train.Settings(seed=7, batch=4, pairs_per_video=2, text_share=0.5)
+    batches = Batches(settings, samples, cache, tiny_tokenizer(), 5, rank=1, world=2)
+    assert batches.order(0).tolist() == [1, 2, 2, 0, 0, 3] and batches.order(1).tolist() == [2, 0, 0, 2, 1, 3]
+    asked = []
+    for place in batches.places(1):
+        asked += [sample.id for sample in batches.samples_at(place)[1]]
+    assert asked == ["3-0", "3-1", "0-1", "0-2"]
+    assert [batches.texts(step).tolist() for step in range(4)] == [[3], [2], [4], [3]]
 
 
 def test_weights_say_how_often_an_epoch_shows_a_video(place, tmp_path):
-    settings, cache = settings_of(place, tmp_path, batch=1, micro_batch=1), FeatureCache(place / "features")
+    settings = settings_of(place, tmp_path, batch=1, micro_batch=1)
+    cache = FeatureCache(place / "features")
     lines = (place / "captions.jsonl").read_text().splitlines()
-    often, rarely, seen = tmp_path / "often.jsonl", tmp_path / "rarely.jsonl", Counter()
+    often, rarely = tmp_path / "often.jsonl", tmp_path / "rarely.jsonl"
     often.write_text("\n".join(lines[:4]))
     rarely.write_text("\n".join(lines[4:8]))
-    samples = [s for spec in (f"{often}@2.5", f"{rarely}@0.25") for s in read_samples(spec)]
+    samples = read_samples(f"{often}@2.5") + read_samples(f"{rarely}@0.25")
     batches = Batches(settings, samples, cache, tiny_tokenizer(), 5)
     assert batches.epoch_length == 11
+    in_all = Counter()
     for epoch in range(40):
         shown = Counter(batches.videos[i][0] for i in batches.order(epoch))
-        assert shown.total() == 11 and all(
-            shown[key] in ((2, 3) if key[1] == 2.5 else (0, 1)) for key, _ in batches.videos
-        )
-        seen += shown
-    assert all(80 <= seen[key] <= 120 if key[1] == 2.5 else 3 <= seen[key] <= 17 for key, _ in batches.videos)
-    weighted = [read_samples(f"{path}@3") for path in (often, rarely)]  # equal weights change the length alone
-    plain = Batches(settings, [s for s in read_samples(often)], cache, tiny_tokenizer(), 5)
-    thrice = Batches(settings, weighted[0], cache, tiny_tokenizer(), 5)
+        assert shown.total() == 11
+        for key, _ in batches.videos:
+            _, weight = key
+            assert shown[key] in ((2, 3) if weight == 2.5 else (0, 1))
+        in_all += shown
+    for key, _ in batches.videos:
+        _, weight = key
+        least, most = (80, 120) if weight == 2.5 else (3, 17)
+        assert least <= in_all[key] <= most
+
+    plain = Batches(settings, read_samples(often), cache, tiny_tokenizer(), 5)
+    thrice = Batches(settings, read_samples(f"{often}@3"), cache, tiny_tokenizer(), 5)  # changes the length alone
     assert sorted(thrice.order(0)) == sorted([*plain.order(0)] * 3)
     assert plain.digest() != thrice.digest()
 
