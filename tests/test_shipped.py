@@ -1,4 +1,4 @@
-"""The weights in the repository: where they come from, and that they do what the README says."""
+"""The weights in the repository: where they come from, and that they do what toy/README.md says."""
 
 import hashlib
 import json
@@ -7,32 +7,30 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from toy import language
-from toy.videos import make_videos
+from toy.videos import arrays_of, make_videos
 from toy.vision import mask_quality
 
 ROOT = Path(__file__).resolve().parent.parent
-WEIGHTS, CLIPS = ROOT / "toy" / "weights", ROOT / "toy" / "clips"
+WEIGHTS, CLIPS, README = ROOT / "toy" / "weights", ROOT / "toy" / "clips", ROOT / "toy" / "README.md"
 MARGIN = 0.10  # 60 clips are few: a type may fall this far below its figure by chance
 
 
 def test_files_are_those_of_the_provenance():
     provenance = json.loads((WEIGHTS / "provenance.json").read_text())
-    files = {str(p.relative_to(WEIGHTS)): p for p in WEIGHTS.rglob("*") if p.is_file() and p.name != "provenance.json"}
-    assert files.keys() == provenance["sha256"].keys()
-    for name, path in files.items():
-        assert hashlib.sha256(path.read_bytes()).hexdigest() == provenance["sha256"][name], name
-    assert sum(p.stat().st_size for p in files.values()) <= 16 * 2**20
+    files = [path for path in WEIGHTS.rglob("*") if path.is_file() and path.name != "provenance.json"]
+    hashes = {str(path.relative_to(WEIGHTS)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    assert hashes == provenance["sha256"]
+    assert sum(path.stat().st_size for path in files) <= 16 * 2**20
 
 
 def test_toy_clips_cover_every_type():
     records = [json.loads(line) for line in (CLIPS / "samples.jsonl").read_text().splitlines()]
-    assert {r["type"] for r in records} == set(language.QUESTIONS)
-    videos = {r["video"] for r in records}
-    assert videos == {p.name for p in CLIPS.glob("*.mp4")} and len(videos) >= 12
+    assert {record["type"] for record in records} == set(language.QUESTIONS)
+    videos = {record["video"] for record in records}
+    assert videos == {path.name for path in CLIPS.glob("*.mp4")} and len(videos) >= 12
 
 
 @pytest.fixture(scope="module")
@@ -44,12 +42,16 @@ def scores(tmp_path_factory):
 
 
 def test_shipped_weights_reach_the_figures_of_the_readme(scores):
-    lines = [line.split("|") for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| ")]
-    figures = {c[1].strip(): float(c[2]) for c in lines if c[1].strip() in {*language.QUESTIONS, "all together"}}
+    figures = {}
+    for line in README.read_text().splitlines():
+        cells = [cell.strip() for cell in line.split("|")]
+        if line.startswith("| ") and cells[1] in {*language.QUESTIONS, "all together"}:
+            figures[cells[1]] = float(cells[2])
     assert figures.keys() == {*language.QUESTIONS, "all together"}
     assert scores["accuracy"] > figures["all together"] - 0.04
     for type_, row in scores["by_type"].items():
-        assert row["accuracy"] > figures[type_] - max(MARGIN, 1.5 / row["n"] ** 0.5), (type_, row)
+        margin = max(MARGIN, 1.5 / row["n"] ** 0.5)
+        assert row["accuracy"] > figures[type_] - margin, (type_, row)
 
 
 def test_shipped_weights_reach_the_bars(scores):
@@ -58,7 +60,8 @@ def test_shipped_weights_reach_the_bars(scores):
     bars |= {"why": 0.82, "bare why": 0.7, "predict": 0.72, "order": 0.8, "counterfactual": 0.75}
     for type_, bar in bars.items():
         row = scores["by_type"][type_]
-        assert row["accuracy"] > bar - 2 * (bar * (1 - bar) / row["n"]) ** 0.5, (type_, row)
+        standard_error = (bar * (1 - bar) / row["n"]) ** 0.5
+        assert row["accuracy"] > bar - 2 * standard_error, (type_, row)
     assert scores["by_type"]["predict"]["outcome_accuracy"] > 0.7
     assert scores["by_type"]["held-out"]["outcome_where_named"] > 0.75
     assert scores["accuracy"] > 0.88
@@ -83,14 +86,14 @@ def test_the_shipped_sam_finds_what_the_readme_says(tmp_path):
     from vidreason import load_vision, read_config
 
     config = read_config(WEIGHTS)
+    _, sam = load_vision(config, WEIGHTS)
     make_videos(tmp_path, "val", 0, 60, 2)
-    frames, owner = (np.load(tmp_path / f"{name}.npy") for name in ("frames", "owner"))
-    found = mask_quality(load_vision(config, WEIGHTS)[1], config, frames, owner, 60)
-    says = " ".join((ROOT / "README.md").read_text().split())
+    quality = mask_quality(sam, config, *arrays_of(tmp_path), 60)
+    text = " ".join(README.read_text().split())
     pattern = r"SAM finds (\.\d+) of the things on a keyframe \(IoU > \.5, mean IoU (\.\d+)\) with (\.\d+) false masks"
-    recall, iou, false = map(float, re.search(pattern, says).groups())
-    assert abs(found["recall"] - recall) < 0.01 and abs(found["mIoU"] - iou) < 0.01, found
-    assert abs(found["false masks"] - false) < 0.03, found
+    recall, iou, false_masks = map(float, re.search(pattern, text).groups())
+    assert abs(quality["recall"] - recall) < 0.01 and abs(quality["mIoU"] - iou) < 0.01, quality
+    assert abs(quality["false masks"] - false_masks) < 0.03, quality
 
 
 def test_blind_answers_are_poor(scores):

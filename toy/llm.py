@@ -92,7 +92,8 @@ def story_of(job: tuple[int, int, bool]) -> tuple[str, list[tuple[str, str, str]
 def make_stories(seed: int, count: int, processes: int, knowledge: bool = True) -> list:
     jobs = [(seed, index, knowledge) for index in range(count)]
     with multiprocessing.Pool(processes) as pool:
-        return list(tqdm(pool.imap(story_of, jobs, 64), total=count, desc="stories"))
+        stories = pool.imap(story_of, jobs, 64)
+        return list(tqdm(stories, total=count, desc="stories"))
 
 
 # --------------------------------------------------------------------------- documents and batches
@@ -156,7 +157,8 @@ class TextBatches:
 
     @staticmethod
     def length_of(document: Conversation) -> int:
-        return len(document.context) + sum(len(prompt) + len(target) for prompt, target in document.pairs)
+        lengths = [len(prompt) + len(target) for prompt, target in document.pairs]
+        return len(document.context) + sum(lengths)
 
     def document(self, short: bool, plain: bool) -> Conversation:
         if short:
@@ -175,10 +177,10 @@ class TextBatches:
         if self.rng.random() < 0.25:
             pairs.append(self.pair(self.caption_prompt, story))
 
-        recoloured = np.arange(len(self.tokenizer))
-        recoloured[self.colours] = self.rng.permutation(self.colours)
-        pairs = [(recoloured[prompt].tolist(), recoloured[target].tolist()) for prompt, target in pairs]
-        return Conversation(pairs, recoloured[story].tolist())
+        other = np.arange(len(self.tokenizer))  # token -> the token in its place
+        other[self.colours] = self.rng.permutation(self.colours)
+        recoloured = [(other[prompt].tolist(), other[target].tolist()) for prompt, target in pairs]
+        return Conversation(recoloured, other[story].tolist())
 
     def knowledge(self) -> Conversation:
         """Sentences, and questions with answers, about what happens when two kinds meet; no story."""
@@ -245,8 +247,8 @@ def pretrain_llm(args):
 
     def loss_of_step(step):
         plain = step < args.lookup_steps and not args.init
-        batch = batches.batch(args.batch, lookup_share(step, args.lookup_steps, args.steps), plain)
-        return word_loss(llm, *batch), {}
+        short = lookup_share(step, args.lookup_steps, args.steps)
+        return word_loss(llm, *batches.batch(args.batch, short, plain)), {}
 
     def watch(step):
         if step % args.evaluate_every and step != args.steps:
@@ -255,10 +257,10 @@ def pretrain_llm(args):
         llm.save_pretrained(args.runs / "llm")
         tokenizer.save_pretrained(args.runs / "llm")
         few = 40 if step < args.steps else len(validation)
-        return {"text accuracy": text_accuracy(llm, tokenizer, validation[:few], batches)}
+        return {"text accuracy": text_accuracy(llm, validation[:few], batches)}
 
     train(args.runs / "llm.jsonl", list(llm.parameters()), args.lr, args.steps, loss_of_step, watch)
-    accuracy = text_accuracy(llm, tokenizer, validation, batches)
+    accuracy = text_accuracy(llm, validation, batches)
     llm.half().save_pretrained(args.weights / "llm")
     tokenizer.save_pretrained(args.weights / "llm")
     print("text-only accuracy per type (gate .95):", accuracy)
@@ -296,33 +298,36 @@ def lookup_share(step: int, lookup_steps: int, steps: int) -> float:
 def word_loss(llm, ids, positions, mask, weights) -> torch.Tensor:
     """The mean over the tokens of a batch (see `TextBatches.batch`), by their weights."""
     logits = llm(input_ids=ids, position_ids=positions, attention_mask=mask).logits
-    nll = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), ids[:, 1:], reduction="none")
+    targets, weights = ids[:, 1:], weights[:, 1:]
+    logits = logits[:, :-1].float().transpose(1, 2)  # (B, vocabulary, L - 1)
+    nll = F.cross_entropy(logits, targets, reduction="none")
     # a pair's first token follows the previous pair in memory only; its weight is 0, as for every prompt token
-    return (nll * weights[:, 1:]).sum() / weights[:, 1:].sum()
+    return (nll * weights).sum() / weights.sum()
 
 
 # --------------------------------------------------------------------------- accuracy
 
 
-def text_accuracy(llm, tokenizer, stories: list, batches: TextBatches, limit: int | None = None) -> dict[str, float]:
+def text_accuracy(llm, stories: list, batches: TextBatches) -> dict[str, float]:
     """Exact-match accuracy per question type, given the true story as text: the ceiling of every fused model."""
     items = []  # (type, prompt ids, answer ids)
     for story, questions in stories:
         for type_, question, answer in questions:
             prompt, _ = batches.pair(batches.words(question), [])
             items.append((type_, batches.words(story) + prompt, batches.words(answer)))
-    items = sorted(items[:limit], key=lambda item: len(item[1]))
+    items.sort(key=lambda item: len(item[1]))
 
     right = defaultdict(list)
     llm.eval()
     for start in range(0, len(items), 128):
         group = items[start : start + 128]
         longest_answer = max(len(answer) for _, _, answer in group)
-        replies = complete(llm, [prompt for _, prompt, _ in group], longest_answer + 1, batches.eos)
+        prompts = [prompt for _, prompt, _ in group]
+        replies = complete(llm, prompts, longest_answer + 1, batches.eos)
         for (type_, _, answer), reply in zip(group, replies):
             right[type_].append(reply == answer)
     llm.train()
-    return {type_: round(float(np.mean(hits)), 3) for type_, hits in sorted(right.items())}
+    return {type_: round(float(np.mean(right[type_])), 3) for type_ in sorted(right)}
 
 
 def complete(llm, prompts: list[list[int]], max_new_tokens: int, eos: int) -> list[list[int] | None]:

@@ -64,12 +64,14 @@ def labels_of(job: tuple[str, int, int]) -> Labels:
 
     for c in range(clips):
         first, last = c * FRAMES, c * FRAMES + FRAMES - 1
-        seen = [event for event in video.events if first < math.ceil(event.time * world.FPS) <= last]
+        seen = events_between(video, first, last)
         soon = [event for event in video.events if last < event.time * world.FPS < last + 3]
         for i, thing in enumerate(video.things):
+            kind = world.KINDS.index(thing.kind)
             state = min(int(video.state[last - 1, i]), world.POPPED)
-            partners = partners_of(i, seen, colours) + partners_of(i, soon[::-1], colours)
-            classes[c, i] = [world.KINDS.index(thing.kind), colours[i], state, *partners]
+            partners = partners_of(i, seen, colours)
+            next_partners = partners_of(i, soon[::-1], colours)  # of several the one that comes first
+            classes[c, i] = [kind, colours[i], state, *partners, *next_partners]
             numbers[c, i] = movement(video.trajectory[first : last + 1, i])
         for event in seen:
             events[c, event.subject, EVENTS.index(event.type)] = 1
@@ -77,6 +79,11 @@ def labels_of(job: tuple[str, int, int]) -> Labels:
         first_moved = 1 + colours[moving[0]] if moving else NONE
         whole[c] = [len(video.things), len(set(moving)), first_moved]
     return Labels(classes, numbers, events, whole)
+
+
+def events_between(video: world.Clip, first: int, last: int) -> list[world.Event]:
+    """Those that a frame after `first`, up to `last`, is the first to show."""
+    return [event for event in video.events if first < math.ceil(event.time * world.FPS) <= last]
 
 
 def partners_of(index: int, events: list[world.Event], colours: list[int]) -> list[int]:
@@ -108,28 +115,33 @@ class EncoderTask:
         self.frames, self.owner = arrays_of(folder)
         jobs = [(split, seed, index) for index in range(count or len(self.frames))]
         with multiprocessing.Pool(processes) as pool:
-            labels = list(tqdm(pool.imap(labels_of, jobs, 64), total=len(jobs), desc=f"{split} labels"))
-        self.labels = Labels(*(torch.from_numpy(np.stack(part)) for part in zip(*labels)))  # each (videos, clips, ...)
+            made = pool.imap(labels_of, jobs, 64)
+            labels = list(tqdm(made, total=len(jobs), desc=f"{split} labels"))
+        parts = [np.stack(part) for part in zip(*labels)]
+        self.labels = Labels(*map(torch.from_numpy, parts))  # each (videos, clips, ...)
 
-        speed = self.labels.numbers[..., 2:].abs().amax((-2, -1))
-        active = self.labels.events.flatten(2).any(-1) | (speed > 0.05)
+        velocities = self.labels.numbers[..., 2:]
+        moving = velocities.abs().amax((-2, -1)) > 0.05
+        active = self.labels.events.flatten(2).any(-1) | moving
         self.active = active.nonzero().numpy()  # (n, 2): video, clip
         self.all = np.argwhere(np.ones(active.shape, bool))
 
     def batch(self, size: int) -> tuple[torch.Tensor, torch.Tensor, Labels]:
         """-> frames float (B, F, 3, H, W) in [0, 1], owner (B, F, H, W), labels"""
         with_motion = size * 3 // 4
-        picked = [
-            self.active[self.rng.integers(len(self.active), size=with_motion)],
-            self.all[self.rng.integers(len(self.all), size=size - with_motion)],
-        ]
-        picked = np.concatenate(picked)
-        spans = [(video, slice(clip * FRAMES, (clip + 1) * FRAMES)) for video, clip in picked]
-        frames = np.stack([self.frames[video, span] for video, span in spans])
-        owner = np.stack([self.owner[video, span] for video, span in spans])
+        picked = np.concatenate([self.pick(self.active, with_motion), self.pick(self.all, size - with_motion)])
+        frames, owner = [], []
+        for video, clip in picked:
+            span = slice(clip * FRAMES, (clip + 1) * FRAMES)
+            frames.append(self.frames[video, span])
+            owner.append(self.owner[video, span])
+        frames = torch.from_numpy(np.stack(frames)).float() / 255
+        owner = torch.from_numpy(np.stack(owner))
         videos, clips = torch.from_numpy(picked).T
-        labels = Labels(*(part[videos, clips] for part in self.labels))
-        return torch.from_numpy(frames).float() / 255, torch.from_numpy(owner), labels
+        return frames, owner, Labels(*(part[videos, clips] for part in self.labels))
+
+    def pick(self, clips: np.ndarray, count: int) -> np.ndarray:
+        return clips[self.rng.integers(len(clips), size=count)]
 
 
 # --------------------------------------------------------------------------- the encoder's loss
@@ -158,7 +170,8 @@ def encoder_loss(
     visible = (area > 0.3) & (labels.classes[..., 0] >= 0)
 
     readouts = heads.thing(tokens[visible]).float()
-    terms, figures = thing_terms(readouts, labels.classes[visible], labels.numbers[visible], labels.events[visible])
+    of_things = [part[visible] for part in (labels.classes, labels.numbers, labels.events)]
+    terms, figures = thing_terms(readouts, *of_things)
     terms += clip_terms(heads.clip(cls).float(), labels.whole)
     second_frames = shares[:, :, 1::2].transpose(1, 2)  # (B, T, 4, P): of each tubelet, the one whose state it is
     terms += patch_terms(heads.patch, patches, second_frames, labels.classes)
@@ -178,7 +191,8 @@ def pool_things(patches: torch.Tensor, shares: torch.Tensor) -> tuple[torch.Tens
     keyframe = FRAMES // 2
     masks = shares[:, :, keyframe]
     area = masks.sum(-1)
-    tokens = masks @ patches[:, keyframe // 2].float() / area.clamp(min=1e-3)[..., None]
+    features = patches[:, keyframe // 2].float()  # of the tubelet that holds the keyframe
+    tokens = masks @ features / area.clamp(min=1e-3)[..., None]
     return tokens, area
 
 
@@ -195,16 +209,22 @@ def thing_terms(readouts, classes, numbers, events):
         figures[name] = accuracy_where_it_counts(name, logits, truth)
         start += size
 
-    moves = readouts[:, start : start + MOVEMENTS]
-    moving = 1 + 3 * (numbers[:, 2:].abs().amax(-1) > 0.05).float()
-    terms.append(2 * ((moves - numbers).square().mean(-1) * moving).mean())
-    figures["speed error"] = (readouts[:, start + 2 : start + 4] - numbers[:, 2:4]).abs().mean() / 10
+    predicted = readouts[:, start : start + MOVEMENTS]
+    moving = numbers[:, 2:].abs().amax(-1) > 0.05
+    error = (predicted - numbers).square().mean(-1)
+    terms.append(2 * (error * (1 + 3 * moving.float())).mean())
+    speed_error = predicted[:, 2:4] - numbers[:, 2:4]
+    figures["speed error"] = speed_error.abs().mean() / 10
 
     event_logits = readouts[:, start + MOVEMENTS :]
     terms.append(5 * F.binary_cross_entropy_with_logits(event_logits, events))
-    predicted = (event_logits > 0).float()
-    figures["event F1"] = 2 * (predicted * events).sum() / (predicted.sum() + events.sum()).clamp(min=1)
+    figures["event F1"] = f1((event_logits > 0).float(), events)
     return terms, figures
+
+
+def f1(predicted, truth):
+    both = (predicted * truth).sum()
+    return 2 * both / (predicted.sum() + truth.sum()).clamp(min=1)
 
 
 def accuracy_where_it_counts(name, logits, truth):
@@ -219,8 +239,8 @@ def accuracy_where_it_counts(name, logits, truth):
 
 def clip_terms(readouts, whole):
     """readouts (B, 17), whole (B, 3) -> terms of the loss"""
-    logits = readouts.split(list(CLIP_HEADS.values()), -1)
-    return [0.5 * F.cross_entropy(logits[k], whole[:, k]) for k in range(len(CLIP_HEADS))]
+    parts = readouts.split(list(CLIP_HEADS.values()), -1)
+    return [0.5 * F.cross_entropy(logits, truth) for logits, truth in zip(parts, whole.T)]
 
 
 def patch_terms(head, patches, shares, classes):
@@ -228,20 +248,23 @@ def patch_terms(head, patches, shares, classes):
     share, covering = shares.max(2)  # (B, T, P) each
     truths = []
     for k in (0, 1):  # kind, colour
-        thing = classes[:, :, k].clamp(min=0).gather(1, covering.flatten(1)).view_as(covering)
-        truths.append(torch.where(share > 0.3, thing + 1, NONE))
+        of_slots = classes[:, :, k].clamp(min=0)
+        of_patches = of_slots.gather(1, covering.flatten(1)).view_as(covering)
+        truths.append(torch.where(share > 0.3, of_patches + 1, NONE))
 
-    logits = head(patches).float().split(list(PATCH_HEADS.values()), -1)
+    parts = head(patches).float().split(list(PATCH_HEADS.values()), -1)
     terms = []
-    for k, truth in enumerate(truths):
-        weight = torch.ones(logits[k].shape[-1])
+    for logits, truth in zip(parts, truths):
+        logits = logits.flatten(0, -2)
+        weight = torch.ones(logits.shape[-1])
         weight[NONE] = 0.1  # mostly table
-        terms.append(0.5 * F.cross_entropy(logits[k].flatten(0, -2), truth.flatten(), weight))
+        terms.append(0.5 * F.cross_entropy(logits, truth.flatten(), weight))
     return terms
 
 
 def save_half(module: nn.Module, path: Path):
-    save_file({name: tensor.half() for name, tensor in module.state_dict().items()}, path)
+    state_dict = module.state_dict()
+    save_file({name: tensor.half() for name, tensor in state_dict.items()}, path)
 
 
 def mean_figures(rounds: list[dict]) -> dict[str, float]:
@@ -315,8 +338,12 @@ def sam_batch(frames: np.ndarray, owner: np.ndarray, rng: np.random.Generator, i
                 targets[b, n] = seen == thing
 
     pictures = np.stack([frames[video, moment] for video, moment in zip(videos, moments)])
-    tensors = [torch.from_numpy(array) for array in (pictures, places, targets, real)]
-    return Prompts(tensors[0].float(), *tensors[1:])
+    return Prompts(
+        torch.from_numpy(pictures).float(),
+        torch.from_numpy(places),
+        torch.from_numpy(targets),
+        torch.from_numpy(real),
+    )
 
 
 def pixel_of(mask: np.ndarray, rng: np.random.Generator) -> tuple[float, float]:
@@ -332,7 +359,8 @@ def sam_loss(sam, pictures, points, targets, real) -> tuple[torch.Tensor, dict]:
     -> loss, {figure: value}
     """
     logits, iou = predict_masks(sam, pictures, points)  # (B, N, 3, h, w), (B, N, 3)
-    targets = F.interpolate(targets, size=logits.shape[-2:], mode="area")[:, :, None].expand_as(logits)
+    targets = F.interpolate(targets, size=logits.shape[-2:], mode="area")
+    targets = targets[:, :, None].expand_as(logits)
     shown = real[..., None]  # (B, N, 1)
 
     probabilities = logits.sigmoid()
@@ -340,9 +368,10 @@ def sam_loss(sam, pictures, points, targets, real) -> tuple[torch.Tensor, dict]:
     best = each.min(-1).values + 0.1 * each.mean(-1)  # a little of the mean keeps the other two masks alive
     true_iou = iou_of(logits > 0, targets > 0.5) * shown
 
-    figures = {"IoU": true_iou.max(-1).values[real].mean(), "IoU error": (iou - true_iou).abs().mean()}
     mask_term = (best * (real + 0.2 * ~real)).mean()
     iou_term = 2 * (iou - true_iou).square().mean()
+    best_iou = true_iou.max(-1).values
+    figures = {"IoU": best_iou[real].mean(), "IoU error": (iou - true_iou).abs().mean()}
     return mask_term + iou_term, figures
 
 
@@ -387,24 +416,36 @@ def mask_quality(sam, config: Config, frames: np.ndarray, owner: np.ndarray, cou
     count = min(count, len(frames))
     for video in range(count):
         moment = video % world.NUM_FRAMES
-        masks = segment(frames[video, moment].transpose(1, 2, 0), sam, config).numpy()  # (M, H, W)
-        things = owner[video, moment] == np.arange(1, SLOTS + 1)[:, None, None]  # (4, H, W)
-        things = things[things.sum((-2, -1)) > 30]  # what is nearly hidden is not asked for
-        overlap = (masks & things[:, None]).sum((-2, -1))  # (things, M)
-        iou = overlap / (masks | things[:, None]).sum((-2, -1))
+        picture = frames[video, moment].transpose(1, 2, 0)
+        masks = segment(picture, sam, config).numpy()  # (M, H, W)
+        iou = ious_with_things(masks, owner[video, moment])  # (things, M)
         best_ious += list(iou.max(1, initial=0))
-        false_masks.append(int((iou.max(0, initial=0) < 0.5).sum()))
+        unlike_any = iou.max(0, initial=0) < 0.5
+        false_masks.append(int(unlike_any.sum()))
+
+    milliseconds = (time.time() - began) / count * 1e3
+    recall = np.mean(np.array(best_ious) > 0.5)
     return {
         "mIoU": round(float(np.mean(best_ious)), 3),
-        "recall": round(float(np.mean(np.array(best_ious) > 0.5)), 3),
+        "recall": round(float(recall), 3),
         "false masks": round(float(np.mean(false_masks)), 3),
-        "ms per keyframe": round((time.time() - began) / count * 1e3),
+        "ms per keyframe": round(milliseconds),
     }
+
+
+def ious_with_things(masks: np.ndarray, owner: np.ndarray) -> np.ndarray:
+    """masks (M, H, W) bool, owner (H, W) -> IoU (things, M); what is nearly hidden is not asked for"""
+    things = owner == np.arange(1, SLOTS + 1)[:, None, None]  # (4, H, W)
+    things = things[things.sum((-2, -1)) > 30]
+    things = things[:, None]  # beside each mask
+    overlap = (masks & things).sum((-2, -1))
+    return overlap / (masks | things).sum((-2, -1))
 
 
 def pretrain_sam(args):
     torch.manual_seed(args.seed)
-    sam, rng = build_sam(PRESETS["toy"]), np.random.default_rng(args.seed)
+    sam = build_sam(PRESETS["toy"])
+    rng = np.random.default_rng(args.seed)
     frames, owner = arrays_of(args.runs / "world" / "train")
     validation = arrays_of(args.runs / "world" / "val")
     print(f"SAM: {millions(sam):.2f} M parameters")
@@ -417,11 +458,11 @@ def pretrain_sam(args):
             return {}
         save_half(sam, args.runs / "sam.safetensors")
         sam.eval()
-        quality = mask_quality(sam, PRESETS["toy"], *validation, 60 if step < args.steps else 200)
+        count = 60 if step < args.steps else 200
+        quality = mask_quality(sam, PRESETS["toy"], *validation, count)
         sam.train()
         return quality
 
-    train(
-        args.runs / "sam.jsonl", list(sam.parameters()), args.lr, args.steps, loss_of_step, watch, weight_decay=0.01
-    )
+    log, parameters = args.runs / "sam.jsonl", list(sam.parameters())
+    train(log, parameters, args.lr, args.steps, loss_of_step, watch, weight_decay=0.01)
     save_half(sam, args.weights / "sam.safetensors")
