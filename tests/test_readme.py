@@ -1,4 +1,4 @@
-"""The README against what it speaks of: links into the code, figures of the result files, sizes in its picture.
+"""The READMEs against what they speak of: links, figures of the result files, sizes in the picture.
 
 After moving code or measuring anew, `python tests/test_readme.py` renews links and tables; figures in sentences are
 mended by hand.
@@ -9,14 +9,17 @@ import json
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-README, FIGURE = ROOT / "README.md", ROOT / "notebooks" / "architecture.svg"
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("*/README.md"))]  # the front room, and the rooms' own
+README, TOY = ROOT / "README.md", ROOT / "toy" / "README.md"
+FIGURE = ROOT / "notebooks" / "architecture.svg"
 RESULTS, ABLATIONS = ROOT / "toy" / "results.json", ROOT / "toy" / "ablations.json"
-LINK = re.compile(r"\[`([\w.]+)`\]\((\w+\.py)(?:#L(\d+)-L(\d+))?\)")  # [`name`](file.py#L1-L2)
+LINK = re.compile(r"\[`([\w.]+)`\]\(([\w/]+\.py)(?:#L(\d+)-L(\d+))?\)")  # [`name`](file.py#L1-L2)
 
 
 def lines_of(name, path):
@@ -48,6 +51,35 @@ def test_relink_mends_lines_and_refuses_unknown_names():
     assert source[c].startswith("    def forward(") and "# Eq. 4" in "".join(source[c:d]) and links.endswith("#L1-L2)")
     with pytest.raises(LookupError):
         relink("[`FusionCore.mask_pool`](vidreason.py)")
+
+
+def test_links_between_pages_lead_somewhere():
+    """Fails if a page names a file that is not there, or a heading that another page does not have."""
+    broken = []
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#:]*(?:#[^)]*)?)\)", page.read_text()):
+            name, _, anchor = target.partition("#")
+            file = page.parent / name if name else page
+            if not file.exists() or (anchor and file.suffix == ".md" and anchor not in anchors_of(file)):
+                broken.append((page.relative_to(ROOT), target))
+    assert not broken
+
+
+def anchors_of(page):
+    """What GitHub makes of headings: lower case, hyphens for spaces, no punctuation."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_the_front_room_is_small():
+    """Fails if README.md grows beyond about 12 kB, where a room's own README would do."""
+    assert README.stat().st_size < 14_500
+
+
+def test_no_table_of_figures_stands_twice():
+    """Fails if a line of a table with a figure is on two pages."""
+    lines = Counter(line for page in PAGES for line in set(page.read_text().splitlines()))
+    assert not [line for line, times in lines.items() if times > 1 and line.startswith("| ") and re.search(r"\d", line)]
 
 
 def test_every_equation_leads_to_code_that_mentions_it():
@@ -126,13 +158,13 @@ def rows_of(text, names):
     return [name for name in found if name in names]
 
 
-def sentences():
-    """The README without line breaks, so that a figure is found wherever its line ends."""
-    return " ".join(README.read_text().split())
+def sentences(page=TOY):
+    """A page without line breaks, so that a figure is found wherever its line ends."""
+    return " ".join(page.read_text().split())
 
 
 def test_tables_are_those_of_the_result_files():
-    text, toy = README.read_text(), streams()["13"]["rows"]
+    text, toy = TOY.read_text(), streams()["13"]["rows"]
     assert sorted(rows_of(text, toy)) == sorted(toy)
     assert rows_of(text, variants()) == list(variants())
     wrong = [line for line, right in zip(text.splitlines(), retable(text).splitlines()) if line != right]
@@ -253,7 +285,7 @@ def test_memory_of_a_record(tmp_path):
     (tmp_path / "shard-0000-0-000000.json").write_text(json.dumps(index))
     command = [sys.executable, "-c", MEMORY_OF_RECORDS, tmp_path]
     measured = int(subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout) / n / 1000
-    (figure,) = re.findall(r"about (\d\.\d) kB each with the index of features", sentences())
+    (figure,) = re.findall(r"about (\d\.\d) kB each with the index of features", sentences(README))
     assert abs(measured - float(figure)) < 0.2, measured
 
 
@@ -261,8 +293,9 @@ def test_memory_of_a_record(tmp_path):
 
 
 def test_pictures_are_there():
-    pictures = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", README.read_text())
-    assert len(pictures) >= 3 and all((ROOT / picture).is_file() for picture in pictures), pictures
+    for page, least in ((README, 3), (TOY, 1)):
+        pictures = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", page.read_text())
+        assert len(pictures) >= least and all((page.parent / picture).is_file() for picture in pictures), pictures
 
 
 def test_sizes_in_the_figure():
@@ -287,4 +320,5 @@ def test_sizes_in_the_figure():
 
 
 if __name__ == "__main__":
-    README.write_text(retable(relink(README.read_text())))
+    README.write_text(relink(README.read_text()))
+    TOY.write_text(retable(TOY.read_text()))
