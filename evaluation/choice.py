@@ -34,7 +34,8 @@ def mentions(text: str, options: list) -> list[int]:
     """Indices of the options that `text` says and does not negate; of equal options the first."""
     text = plain_words(text)
     mentioned = []
-    for wanted in sorted({plain_words(option) for option in options}, key=len, reverse=True):
+    different = dict.fromkeys(plain_words(option) for option in options)
+    for wanted in sorted(different, key=len, reverse=True):
         pieces = text.split(wanted)
         if wanted.strip() and not all(NEGATION.search(piece + " ") for piece in pieces[:-1]):
             mentioned += first_of_each(options, wanted)

@@ -116,6 +116,17 @@ def test_extractor_with_awkward_options(reply, options, choice):
     assert extract_choice(reply, options) == choice
 
 
+def test_a_choice_does_not_hang_on_the_order_of_a_set():
+    """Fails if options of equal length are searched in an order that another start of Python changes."""
+    code = "from evaluation.choice import extract_choice as f; print(f('not C A', 'ABC'), f('not A: B', 'ABC'))"
+    command = [sys.executable, "-c", code]
+    choices = set()
+    for seed in range(6):
+        env = {**os.environ, "PYTHONHASHSEED": str(seed)}
+        choices.add(subprocess.run(command, cwd=ROOT, env=env, capture_output=True, check=True).stdout)
+    assert len(choices) == 1
+
+
 @pytest.mark.parametrize("reply", ["\n", "the answer is ", "A ", "(", "not left ", "is A or "])
 def test_extractor_survives_degenerate_replies(reply):
     start = time.perf_counter()
