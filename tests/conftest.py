@@ -127,7 +127,7 @@ def videos(tmp_path_factory):
 
 @pytest.fixture
 def write_clips():
-    """write_clips(folder, n) → the names of n small videos in it."""
+    """write_clips(folder, n) -> the names of n small videos in it."""
 
     def write(folder, n):
         folder.mkdir(exist_ok=True)
