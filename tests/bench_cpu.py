@@ -226,7 +226,8 @@ def sparse_decode(options):
         kept = []
         with av.open(path) as container:
             stream = vidreason.picture_stream(container)
-            for number, shown in enumerate(vidreason.play(container, stream, timeline)):
+            frames = vidreason.decode(container, stream)
+            for number, shown in enumerate(vidreason.play_by_stamp(frames, timeline)):
                 picture = vidreason.to_picture(shown.frame, 1, None, side)
                 if number in wanted:
                     kept.append((shown.start, picture))
