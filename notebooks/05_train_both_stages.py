@@ -43,7 +43,6 @@ plots.use_style()
 config, device = read_config(TOY_MODEL), torch.device("cpu")
 cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 scratch = tempfile.TemporaryDirectory()
-folder = Path(scratch.name)
 
 # %% [markdown]
 # ## 1. Data: 400 videos of our own
@@ -53,6 +52,7 @@ folder = Path(scratch.name)
 # in stage 2, so that the LLM does not forget what it has read.
 
 # %%
+folder = Path(scratch.name)
 videos.make_videos(folder / "train", "train", seed=5, count=400, processes=cores)
 videos.make_videos(folder / "val", "val", seed=5, count=16, processes=cores)
 videos.write_text(folder / "train" / "text.jsonl", seed=5, count=300)
