@@ -242,11 +242,11 @@ def fit_to_processes(settings: Settings, device: torch.device, cores: int) -> Se
         if rows % world():
             raise VidReasonError(f"{rows} rows cannot be shared by {world()} processes (--{name}): give a multiple")
     share = settings.batch // world()
-    encoders = min(4, cores) if device.type == "cuda" else cores  # on a GPU they would wait for each other
+    workers = min(4, cores) if device.type == "cuda" else cores
     return replace(
         settings,
         micro_batch=min(settings.micro_batch or share, share),
-        processes=settings.processes or encoders,
+        processes=settings.processes or workers,
         init_from=str(newest_stage1(settings)) if settings.stage == 2 else settings.init_from,
     )
 
