@@ -1,7 +1,7 @@
 """Score answers: a benchmark's questions, its own protocol, controls beside every number.
 
     python evaluate.py toy --seed 7 --clips 200 [--model DIR] [--out FILE]           # fresh clips of the toy world
-    python evaluate.py toy --seed 13 --clips 200 --summary toy/results.json          # the README's table, to keep
+    python evaluate.py toy --seed 13 --clips 200 --summary toy/results.json          # toy/README's table, to keep
     python evaluate.py nextqa --annotations val.csv --videos DIR --model DIR         # our model on a benchmark
     python evaluate.py nextqa --annotations val.csv --predictions result.json        # another system's replies
     python evaluate.py compare A.json B.json                                         # two result files, paired

@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 from collections import OrderedDict, deque
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
@@ -1286,7 +1287,7 @@ def on_cpu(state, dtype):
     return {key: tensor.detach().to("cpu", dtype).contiguous() for key, tensor in state.items()}
 
 
-def write_aside(path, write):
+def write_aside(path: Path, write: Callable[[Path], object]) -> None:
     """Let write(path) write a file or folder under another name, then put it in the place of the old one."""
     aside = path.with_name(path.name + ".partial")
     write(aside)

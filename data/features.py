@@ -31,9 +31,19 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from data.program import TOY_MODEL, Parser, guarded, positive, sha256, write_aside, write_json
+from data.program import TOY_MODEL, Parser, guarded, positive, sha256, write_json
 from data.records import file_of, open_tar, videos_below
-from vidreason import READER, Config, Features, VidReasonError, load_vision, perceive, read_config, split_span
+from vidreason import (
+    READER,
+    Config,
+    Features,
+    VidReasonError,
+    load_vision,
+    perceive,
+    read_config,
+    split_span,
+    write_aside,
+)
 
 
 def shuffled(count: int, name: str) -> np.ndarray:

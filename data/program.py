@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from vidreason import VidReasonError
+from vidreason import VidReasonError, write_aside
 
 ROOT = Path(__file__).resolve().parent.parent
 TOY_MODEL = ROOT / "toy" / "weights"
@@ -60,13 +60,6 @@ def guarded(main: Callable[[], None]) -> None:
 
 
 # --------------------------------------------------------------------------- files
-
-
-def write_aside(path: Path, write: Callable[[Path], object]) -> None:
-    """write(another path), renamed when it is done: under its own name a file is whole or not there."""
-    aside = path.with_name(path.name + ".partial")
-    write(aside)
-    aside.rename(path)
 
 
 def write_json(path: Path, value) -> None:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from data.program import write_json
 from evaluation.score import sign_test
-from vidreason import VidReasonError, split_span
+from vidreason import VidReasonError, split_span, write_aside
 
 SHEET = Path(__file__).with_name("sheet.html")
 
@@ -45,7 +45,7 @@ def human_sheet(
         name = f"q{number}"  # neither a file's name nor an id may tell anything
         source = clip_source(question["video"], name, out, beside)
         shuffled = random.permutation(sorted(answers)).tolist()
-        models = dict(zip(string.ascii_uppercase, shuffled, strict=False))
+        models = dict(zip(string.ascii_uppercase, shuffled, strict=False))  # as many letters as there are models
         key[name] = {"id": question["id"], "models": models}
         texts = {letter: answers[model][question["id"]] for letter, model in models.items()}
         sections.append(section(number, name, question["question"], source, texts))
@@ -53,9 +53,7 @@ def human_sheet(
     digest = hashlib.sha256("".join(sections).encode()).hexdigest()[:16]
     write_json(out / "key.json", {"sheet": digest, "questions": key})
     page = SHEET.read_text("utf-8").replace("DIGEST", digest).replace("ROWS", "".join(sections))
-    aside = out / "index.partial"
-    aside.write_text(page, encoding="utf-8")
-    aside.rename(out / "index.html")
+    write_aside(out / "index.html", lambda aside: aside.write_text(page, encoding="utf-8"))
 
 
 def chosen_questions(questions: list[dict], answers: dict, random: np.random.Generator, count: int) -> list[dict]:

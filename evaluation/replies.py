@@ -130,7 +130,7 @@ def lines_of_killed_run(kept: Path, questions: list[Sample], batches: list[list[
     """What an earlier run wrote of the same batches, {"ids", "replies"} each, up to the first that differs."""
     written = kept.read_bytes().splitlines(keepends=True) if kept.exists() else []
     lines = []
-    for line, indices in zip(written, batches, strict=False):
+    for line, indices in zip(written, batches, strict=False):  # it may have ended early, or have had more batches
         if not line.endswith(b"\n"):  # a kill may tear the last one
             break
         line = json.loads(line)

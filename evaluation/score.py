@@ -234,7 +234,7 @@ def print_columns(heads: Sequence[str], rows: Iterable[Sequence[str]], widths: S
     """
     for cells in (heads, *rows):
         line = cells[0].ljust(widths[0])
-        for cell, width in zip(cells[1:], widths[1:], strict=False):
+        for cell, width in zip(cells[1:], widths[1:], strict=False):  # a row may be shorter
             line += cell.rjust(width)
         print(line.rstrip())
 

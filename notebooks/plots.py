@@ -40,7 +40,7 @@ def strip(images, titles, columns=8, size=1.2):
     _, axes = plt.subplots(rows, columns, figsize=(size * columns, (size + 0.25) * rows), squeeze=False)
     for ax in axes.flat:
         ax.set_axis_off()
-    for ax, image, title in zip(axes.flat, images, titles, strict=False):
+    for ax, image, title in zip(axes.flat, images, titles, strict=False):  # the last row may be incomplete
         show(ax, image, title)
         ax.set_axis_on()
     plt.show()
@@ -180,7 +180,8 @@ def row_legend(ax, kinds):
 def pairs_of_bars(ax, words, values, names, ylabel):
     """For each word two or more bars side by side, told apart by brightness and hatch. values: (names, words)."""
     width, looks = 0.8 / len(names), [("0.2", ""), ("white", "////"), ("0.7", "....")]
-    for i, (name, heights, (fill, hatch)) in enumerate(zip(names, values, looks, strict=False)):
+    rows = zip(names, values, looks, strict=False)  # there are three looks, for two names or three
+    for i, (name, heights, (fill, hatch)) in enumerate(rows):
         x = np.arange(len(words)) + (i - (len(names) - 1) / 2) * width
         ax.bar(x, heights, width, color=fill, hatch=hatch, edgecolor="black", linewidth=0.6, label=name)
     ax.set_xticks(range(len(words)), words, rotation=45, ha="right")

@@ -6,8 +6,8 @@
 
 A change ("mutant") is a comparison, an operator, a number or a condition turned into another one, an argument, a bound
 of a slice or a statement left out. A mutant is killed if a test fails, or runs ten times as long as all tests did; what
-survives is printed with its line. Some survivors mean the same as the original; those that are known stand in
-tests/survivors.md with the reason. The score is killed / all, with its 95 % interval (Wilson).
+survives is printed with its line; some survivors mean the same as the original. The score is killed / all, with its
+95 % interval (Wilson).
 
 Every mutant is tested in a copy of the repository, by a child of a process that has imported the libraries once.
 """
@@ -32,10 +32,14 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 GUARDS = {  # what is mutated, and the tests that should notice, the fastest first
     "vidreason.py": ["tests/test_model.py", "tests/test_video.py", "tests/test_upstream.py"],
-    "data/batches.py": ["tests/test_batches.py"],
-    "evaluation/score.py": ["tests/test_score.py", "tests/test_readers.py"],
-    "evaluation/choice.py": ["tests/test_judging.py", "-k", "choice or reply or letter"],
-}
+    "data/batches.py": ["tests/test_train.py", "-k", "order_of_samples or every_video_comes or weights_say"],
+    "evaluation/score.py": [
+        "tests/test_score.py", "tests/test_benchmarks.py", "tests/test_readers.py", "tests/test_evaluate.py",
+        "tests/test_judging.py", "-k",
+        "verdict or column or remark or word or block or read or interval or majority or sign_test or compare",
+    ],
+    "evaluation/choice.py": ["tests/test_judging.py", "-k", "extractor or a_choice"],
+}  # fmt: skip
 OTHER_COMPARISONS = {
     ast.Lt: "<=", ast.LtE: "<", ast.Gt: ">=", ast.GtE: ">", ast.Eq: "!=", ast.NotEq: "==",
     ast.Is: "is not", ast.IsNot: "is", ast.In: "not in", ast.NotIn: "in",

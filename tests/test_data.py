@@ -93,7 +93,7 @@ def test_features_survive_a_kill_between_shards(config, tmp_path, write_clips):
 
 @pytest.fixture
 def vision(config, tmp_path):
-    """→ config whose weights lie in tmp_path"""
+    """-> config whose weights lie in tmp_path"""
     from safetensors.torch import save_file
 
     from vidreason import VideoTransformer, build_sam

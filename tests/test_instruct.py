@@ -48,7 +48,7 @@ def fault(status, code=None, **headers):
 
 
 class Teacher(ThreadingHTTPServer):
-    """plan: number of a clip → what to answer the first, second, … time; the last stands for all others.
+    """plan: number of a clip -> what to answer the first, second, … time; the last stands for all others.
 
     An answer is what say or fault returns, or seconds to sleep. A clip is known by the size of its pictures.
     """
@@ -63,7 +63,7 @@ class Teacher(ThreadingHTTPServer):
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     def clip_of(self, body):
-        """Checks what a chat request with images must be → number of its clip."""
+        """Checks what a chat request with images must be -> number of its clip."""
         (text, *images), start = body["messages"][0]["content"], "data:image/jpeg;base64,"
         for part in (  # the paper's wording, both parts
             "First, provide a step-by-step causal explanation of the events.",
@@ -155,7 +155,7 @@ def command(url, videos, out, *more):
 
 
 def run(monkeypatch, capsys, *arguments):
-    """data.instruct in this process → (exit code, its one line of error or its output)"""
+    """data.instruct in this process -> (exit code, its one line of error or its output)"""
     monkeypatch.setattr(sys, "argv", command(*arguments))
     try:
         guarded(instruct.main)

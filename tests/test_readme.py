@@ -104,12 +104,12 @@ def variants():
 
 
 def three(value):
-    """.9767 → "0.977"; nothing measured: an empty cell."""
+    """.9767 -> "0.977"; nothing measured: an empty cell."""
     return "" if value is None else f"{value:.3f}"
 
 
 def bare(value, digits=3):
-    """.9767 → ".977", as sentences have it."""
+    """.9767 -> ".977", as sentences have it."""
     return f"{value:.{digits}f}".lstrip("0")
 
 

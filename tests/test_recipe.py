@@ -1,4 +1,4 @@
-"""The whole recipe from nothing, tiny: stage 0 → 1 → 2 → evaluate → infer, each as a user would call it."""
+"""The whole recipe from nothing, tiny: stage 0 -> 1 -> 2 -> evaluate -> infer, each as a user would call it."""
 
 import json
 import os

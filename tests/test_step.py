@@ -10,7 +10,7 @@ import train
 from vidreason import Conversation, collate_features, encode_pair, pack
 
 SETTINGS = SimpleNamespace(
-    lr=0.01, lora_lr=0.002, muon_lr=0.03, weight_decay=0.1, warmup=4, max_steps=20, precision="fp32"
+    lr=0.01, lora_lr=0.002, muon_lr=0.03, weight_decay=0.1, precision="fp32"
 )
 
 
@@ -76,12 +76,3 @@ def test_a_step_moves_every_trained_matrix_and_nothing_else(model, videos):
     moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
     matrices = {name for name, parameter in before.items() if name.startswith("fusion.") and parameter.ndim == 2}
     assert matrices <= moved <= {name for name in before if name.startswith("fusion.")}
-
-
-def test_the_schedule_rises_linearly_and_falls_to_zero():
-    """Fails if warm-up, peak or end of the learning rate move; a warm-up below 1 is a share of the run."""
-    factors = [train.schedule(step, SETTINGS) for step in range(21)]
-    assert factors[:5] == [0.25, 0.5, 0.75, 1, 1]
-    assert factors[12] == pytest.approx(0.5) and factors[20] == pytest.approx(0)
-    share = SimpleNamespace(**{**vars(SETTINGS), "warmup": 0.2})
-    assert [train.schedule(step, share) for step in range(21)] == factors

@@ -160,7 +160,7 @@ def test_stage_2_on_two_processes_computes_what_one_computes(place, whole, tmp_p
 def kill(arguments, out, mid_save):
     """Start a run and SIGKILL it while a checkpoint is being written, or at any time after its first step.
 
-    → whether it left a half-written checkpoint, None if it ended by itself."""
+    -> whether it left a half-written checkpoint, None if it ended by itself."""
     process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     log, began = out / "log.jsonl", time.time()
     steps = len(log.read_text().splitlines()) if log.exists() else 0

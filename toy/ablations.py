@@ -31,7 +31,7 @@ from evaluation.score import interval
 from toy import language, world
 from toy.exam import toy_questions
 from toy.videos import videos_in
-from vidreason import VidReasonError, read_config
+from vidreason import VidReasonError, read_config, write_aside
 
 DATA = ROOT / "runs" / "world" / "train"
 STEPS, VIDEOS, STORIES = {"llm": 3400, 1: 500, 2: 120}, 3000, 16000
@@ -173,9 +173,8 @@ def mentions_held_out_pair(text: dict) -> bool:
 
 
 def write_lines(path: Path, lines: list[str]):
-    aside = path.with_suffix(".partial")
-    aside.write_text("\n".join(lines) + "\n")
-    aside.rename(path)
+    text = "\n".join(lines) + "\n"
+    write_aside(path, lambda aside: aside.write_text(text))
 
 
 # --------------------------------------------------------------------------- training
@@ -381,8 +380,7 @@ def plot(rows: dict[str, dict], path: Path):
     axis.set_yticks(range(len(names)), names)
     axis.set_ylim(-0.6, len(names) - 0.4)
     axis.set_xlabel("accuracy over all questions: mean of seeds with 95 % interval; small strokes: single seeds")
-    figure.savefig(path.with_suffix(".partial"), format="png", dpi=110)
-    path.with_suffix(".partial").rename(path)
+    write_aside(path, lambda aside: figure.savefig(aside, format="png", dpi=110))
 
 
 if __name__ == "__main__":

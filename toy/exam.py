@@ -18,7 +18,7 @@ from data.records import Sample, to_sample
 from evaluation.replies import ask, evaluate_model
 from evaluation.score import tally
 from toy import language, videos, world
-from vidreason import VidReason, VidReasonError
+from vidreason import VidReason, VidReasonError, write_aside
 
 TOY_VISION = (
     "the toy's encoder learned from the simulator's labels (kinds, colours, motions, who hits whom, up to .75 s "
@@ -179,9 +179,8 @@ def keep_table(path: Path, args: Namespace, summary: dict, origin: dict):
     stream["rows"] = {kind: kept_row(row) for kind, row in rows.items()}
     tables[str(args.seed)] = stream
 
-    aside = path.with_name(path.name + ".partial")
-    aside.write_text(json.dumps({"streams": dict(sorted(tables.items()))}, indent=1) + "\n")
-    aside.rename(path)
+    text = json.dumps({"streams": dict(sorted(tables.items()))}, indent=1) + "\n"
+    write_aside(path, lambda aside: aside.write_text(text))
 
 
 def kept_row(row: dict) -> dict:
