@@ -336,13 +336,13 @@ def si(number: float, unit: str = "") -> str:
     return f"{digits} {prefix}{unit}".rstrip()
 
 
-def table(title: str, heads: list[str], rows: list[tuple]):
-    """rows: (name, what stands under each head, a remark); the last ones may be missing."""
-    print(f"\n{title:42s}" + "".join(f"{head:>13s}" for head in heads))
-    for name, *cells in rows:
-        columns = "".join(f"{cell:>13s}" for cell in cells[: len(heads)])
-        remark = "".join(cells[len(heads) :])
-        print(f"  {name.replace('_', ' '):40s}{columns}  {remark}".rstrip())
+class Table(NamedTuple):
+    """A part of the plan to be read by people."""
+
+    title: str
+    heads: list[str]
+    rows: list[tuple[str, ...]]  # a name, what stands under each head, perhaps a remark
+    note: str = ""  # some lines below it
 
 
 def side_by_side(columns: list[dict[str, str]]) -> list[tuple]:
@@ -354,27 +354,32 @@ def side_by_side(columns: list[dict[str, str]]) -> list[tuple]:
     return rows
 
 
-def print_plan(numbers: dict):
-    """A plan as text, for somebody about to rent GPUs."""
+def headline_of(numbers: dict) -> str:
+    """What is planned."""
     config, given = numbers["config"], numbers["given"]
-    stages = [numbers["stage1"], numbers["stage2"]]
     clips = f"{config['num_clips']} clips of {config['frames_per_clip']} frames"
-    print(f"{config['llm']}, SAM {config['sam']}, {clips}, {given['world_size']} GPU(s)")
-    print_parameters(numbers["parameters"], stages)
-    print_sample(numbers, stages)
-    print_memory(given, stages)
-    print_time(given, stages)
-    print_assumptions(given, stages)
+    return f"{config['llm']}, SAM {config['sam']}, {clips}, {given['world_size']} GPU(s)"
 
 
-def print_parameters(parameters: dict[str, int], stages: list[dict]):
+def tables_of(numbers: dict) -> list[Table]:
+    """A plan as tables, for somebody about to rent GPUs."""
+    stages = [numbers["stage1"], numbers["stage2"]]
+    return [
+        parameters_table(numbers["parameters"], stages),
+        sample_table(numbers, stages),
+        memory_table(numbers["given"], stages),
+        time_table(numbers["given"], stages),
+    ]
+
+
+def parameters_table(parameters: dict[str, int], stages: list[dict]) -> Table:
     rows = [(part, si(size)) for part, size in parameters.items()]
     for i, stage in enumerate(stages, 1):
         rows.append((f"trained in stage {i}", si(stage["trained"])))
-    table("Parameters", ["all"], rows)
+    return Table("Parameters", ["all"], rows)
 
 
-def print_sample(numbers: dict, stages: list[dict]):
+def sample_table(numbers: dict, stages: list[dict]) -> Table:
     config = numbers["config"]
     rows = [(part, si(flops)) for part, flops in numbers["flops"].items()]
     for part, size in numbers["bytes"].items():
@@ -386,15 +391,15 @@ def print_sample(numbers: dict, stages: list[dict]):
         name = f"LLM, stage {i}, {config['num_queries']} + {stage['text_tokens']} tokens"
         remark = f"saved; {si(stage['llm_executed'])} with lm_head at targets only"
         rows.append((name, si(stage["llm"]), si(stage["llm_saved"], "B"), remark))
-    table("One sample (multiply-add = 2 FLOP)", ["FLOP", "bytes"], rows)
-    print(
+    note = (
         f"  {config['points_per_side']}² points and at most K = {config['masks_per_keyframe']} masks per keyframe of "
         f"{config['keyframe_size']}². Tokens: vision + text. LLM: 4 FLOP per\n  frozen parameter and token, 6 per "
         "trained one, and attention. Saved: activations for the backward pass."
     )
+    return Table("One sample (multiply-add = 2 FLOP)", ["FLOP", "bytes"], rows, note)
 
 
-def print_memory(given: dict, stages: list[dict]):
+def memory_table(given: dict, stages: list[dict]) -> Table:
     columns = []
     for stage in stages:
         column = {"micro-batch × accumulation": f"{stage['micro_batch']} × {stage['accumulation']}"}
@@ -403,15 +408,15 @@ def print_memory(given: dict, stages: list[dict]):
         for way, micro in stage["largest_micro_batch"].items():
             column[f"largest micro-batch, {way}"] = f"{micro:,}"
         columns.append(column)
-    table("Memory per GPU", ["stage 1", "stage 2"], side_by_side(columns))
-    print(
+    note = (
         "  LLM in bf16; sharded: inside each machine, gathered twice per micro-batch. Trained states: fp32, gradient\n"
         "  and two moments, over all GPUs; copies: bf16, unreduced gradients. Activations: no checkpointing.\n"
         f"  Largest: with {si(0.9 * given['gpu_memory'], 'B')}; 0: does not fit."
     )
+    return Table("Memory per GPU", ["stage 1", "stage 2"], side_by_side(columns), note)
 
 
-def print_time(given: dict, stages: list[dict]):
+def time_table(given: dict, stages: list[dict]) -> Table:
     columns = []
     for stage in stages:
         column = {
@@ -427,11 +432,12 @@ def print_time(given: dict, stages: list[dict]):
             "or with vision in every epoch, hours": f"{stage['hours_without_cache']:,.2f}",
         }
         columns.append(column)
-    table("Time and disk", ["stage 1", "stage 2"], side_by_side(columns))
+    return Table("Time and disk", ["stage 1", "stage 2"], side_by_side(columns))
 
 
-def print_assumptions(given: dict, stages: list[dict]):
-    one, two = stages
+def assumptions_of(numbers: dict) -> str:
+    """What dominates, and what the plan takes for granted."""
+    given, one, two = numbers["given"], numbers["stage1"], numbers["stage2"]
     gpu_hours = {
         "training in stage 1": one["hours"] * given["world_size"],
         "training in stage 2": two["hours"] * given["world_size"],
@@ -441,8 +447,8 @@ def print_assumptions(given: dict, stages: list[dict]):
     most = max(gpu_hours, key=gpu_hours.get)
     total = sum(gpu_hours.values())
     share = gpu_hours[most] / total
-    print(
-        f"\nWhat dominates: {most}, {share:.0%} of both stages' {total:,.2f} GPU-hours with a cache.\n"
+    return (
+        f"What dominates: {most}, {share:.0%} of both stages' {total:,.2f} GPU-hours with a cache.\n"
         f"Assumed: {given['world_size']} GPU(s) of {given['peak'] / 1e12:g} TFLOP/s (H100 SXM, bf16: 989.5), of which "
         f"training and encoder reach {given['mfu']:.0%}\nand SAM {given['sam_mfu']:.0%} (0.5 s for 32² points "
         "on an A100, in bf16, is 6%). Not counted: decoding\nvideos (0.4 to 2.6 core-seconds each), loading, network, "

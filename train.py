@@ -62,9 +62,9 @@ from transformers.utils.logging import disable_progress_bar
 from data.batches import Batches
 from data.benchmarks import read_samples
 from data.features import FeatureCache, encode_videos, report_bad, write_familiar
-from data.program import ROOT, TOY_MODEL, Parser, guarded, launcher, python, sha256, shown, write_json
+from data.program import ROOT, TOY_MODEL, Parser, guarded, launcher, print_columns, python, sha256, shown, write_json
 from data.records import Sample, file_of
-from plan import flops_per_token, matmul_ceiling, plan, print_plan
+from plan import assumptions_of, flops_per_token, headline_of, matmul_ceiling, plan, tables_of
 from toy.videos import MP4_BYTES, make_training_world, sample_id, videos_in
 from vidreason import (
     CAPTION_PROMPT,
@@ -1031,6 +1031,22 @@ def plan_run(settings: Settings):
     if in_toy_world(settings):
         one, two = both
         print("\nWithout a GPU:", toy_work(one, *toy_missing(one)), toy_work(two, 0, 0), sep="\n")
+
+
+def print_plan(numbers: dict):
+    """What plan.plan returned, as text."""
+    print(headline_of(numbers))
+    for table in tables_of(numbers):
+        rows = []
+        for name, *cells in table.rows:
+            remark = [f"  {cell}" for cell in cells[len(table.heads) :]]
+            rows.append([f"  {name.replace('_', ' ')}", *cells[: len(table.heads)], *remark])
+        print()
+        print_columns([table.title, *table.heads], rows, widths=[42, *(13 for _ in table.heads), 0])
+        if table.note:
+            print(table.note)
+    print()
+    print(assumptions_of(numbers))
 
 
 class TrainParser(Parser, HfArgumentParser):

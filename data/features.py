@@ -17,7 +17,7 @@ import time
 import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, TimeoutError  # the built-in one since Python 3.11
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial

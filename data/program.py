@@ -1,4 +1,4 @@
-"""What all our programs share: options, one line for a mistake, files written whole, commands to type next."""
+"""What all our programs share: options, one line for a mistake, files written whole, tables, commands to type next."""
 
 import argparse
 import hashlib
@@ -9,7 +9,7 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -73,6 +73,22 @@ def sha256(path: Path | str) -> str:
         while block := file.read(1 << 24):
             digest.update(block)
     return digest.hexdigest()
+
+
+# --------------------------------------------------------------------------- tables
+
+
+def print_columns(heads: Sequence[str], rows: Iterable[Sequence[str]], widths: Sequence[int]):
+    """Print a table: its first column flush left, the others flush right, each as wide as `widths` says.
+
+    A cell that is too wide is printed whole: a width of 0 is for a remark behind the last column. A row may be shorter
+    than the heads, for a line of its own.
+    """
+    for cells in (heads, *rows):
+        line = cells[0].ljust(widths[0])
+        for cell, width in zip(cells[1:], widths[1:], strict=False):  # a row may be shorter
+            line += cell.rjust(width)
+        print(line.rstrip())
 
 
 # --------------------------------------------------------------------------- commands, as one types them here

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from enum import Enum
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data.benchmarks import Benchmark, film_of
+from data.program import print_columns
 from data.records import Sample
 from evaluation.choice import extract_choice
 from vidreason import VidReasonError
@@ -224,19 +225,6 @@ def per_option_hits(benchmark: Benchmark, samples: list[Sample], items: list[dic
 
 
 # --------------------------------------------------------------------------- tables
-
-
-def print_columns(heads: Sequence[str], rows: Iterable[Sequence[str]], widths: Sequence[int]):
-    """Print a table: its first column flush left, the others flush right, each as wide as `widths` says.
-
-    A cell that is too wide is printed whole: a width of 0 is for a remark behind the last column. A row may be shorter
-    than the heads, for a line of its own.
-    """
-    for cells in (heads, *rows):
-        line = cells[0].ljust(widths[0])
-        for cell, width in zip(cells[1:], widths[1:], strict=False):  # a row may be shorter
-            line += cell.rjust(width)
-        print(line.rstrip())
 
 
 COLUMNS = {  # of the table, as far as they were measured

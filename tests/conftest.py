@@ -1,5 +1,7 @@
 """Tiny stand-ins for the foundation models, made on the spot: nothing is downloaded."""
 
+import csv
+import json
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # must stand before torch is imported
@@ -136,3 +138,17 @@ def write_clips():
         return [f"{i}.mp4" for i in range(n)]
 
     return write
+
+
+def write_rows(path, rows):
+    """Write annotations or replies -> the path. rows: of a .csv dicts, of a .jsonl values, else one value of JSON."""
+    with open(path, "w", newline="") as file:
+        if path.suffix == ".csv":
+            table = csv.DictWriter(file, rows[0])
+            table.writeheader()
+            table.writerows(rows)
+        elif path.suffix == ".jsonl":
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+        else:
+            json.dump(rows, file)
+    return path

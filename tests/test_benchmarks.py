@@ -4,13 +4,13 @@ A new block needs a line in EXCERPTS (genuine files under fixtures/, or hand-wri
 if it has formats, a line in REPLY_ROWS.
 """
 
-import csv
 import json
 import re
 import sys
 from pathlib import Path
 
 import pytest
+from conftest import write_rows
 
 import evaluate
 from data.benchmarks import BENCHMARKS, read_predictions, read_samples
@@ -75,19 +75,6 @@ REPLY_ROWS = {  # format -> (sample id, reply) -> the row of such a result file;
 }  # fmt: skip
 
 
-def write(path, rows):
-    with open(path, "w", newline="") as file:
-        if path.suffix == ".csv":
-            table = csv.DictWriter(file, rows[0])
-            table.writeheader()
-            table.writerows(rows)
-        elif path.suffix == ".jsonl":
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-        else:
-            json.dump(dict(rows) if isinstance(rows[0], tuple) else rows, file)
-    return path
-
-
 def right_reply(sample):
     if sample.option_truths:
         return ["correct" if truth else "wrong" for truth in sample.option_truths]
@@ -100,7 +87,7 @@ def block(request, tmp_path):
     benchmark, excerpt = BENCHMARKS[request.param], EXCERPTS[request.param]
     if isinstance(excerpt, tuple):
         name, rows = excerpt
-        excerpt = write(tmp_path / name, rows)
+        excerpt = write_rows(tmp_path / name, rows)
     return benchmark, excerpt, benchmark.read(excerpt)
 
 
@@ -150,7 +137,9 @@ def test_published_replies_come_back_as_they_were_written(block, tmp_path):
         rows = [REPLY_ROWS[format](sample.id, kind) for sample in samples]
         if format == "nextqa-oe":  # an object has a key once
             rows = rows[:1]
-        path = write(tmp_path / f"real_mc{suffix}", rows)
+        if isinstance(rows[0], tuple):
+            rows = dict(rows)
+        path = write_rows(tmp_path / f"real_mc{suffix}", rows)
         replies = read_predictions(path, format)
         assert replies == {sample.id: kind for sample in samples[: len(rows)]}
         with pytest.raises(VidReasonError, match="is answered twice"):
@@ -172,7 +161,7 @@ def test_a_file_that_is_not_there_or_of_another_layout_is_named(block, tmp_path)
     benchmark, path, _ = block
     with pytest.raises(VidReasonError, match="nowhere.csv"):
         benchmark.read(tmp_path / "nowhere.csv")
-    other = write(tmp_path / f"other{path.suffix}", [{"a": 1}])
+    other = write_rows(tmp_path / f"other{path.suffix}", [{"a": 1}])
     with pytest.raises(VidReasonError, match=other.name):
         benchmark.read(other)
 
@@ -212,8 +201,8 @@ def test_the_recipe_reads_and_scores_as_it_is_printed(recipe, tmp_path, monkeypa
          "right": right, "step": step}
         for n, (right, step) in enumerate([("A", "boil"), ("C", "boil"), ("B", "fry")])
     ]  # fmt: skip
-    asked = write(tmp_path / "test.csv", rows)
-    said = write(tmp_path / "said.json", [{"clip": "pan", "number": n, "reply": "(C)"} for n in range(3)])
+    asked = write_rows(tmp_path / "test.csv", rows)
+    said = write_rows(tmp_path / "said.json", [{"clip": "pan", "number": n, "reply": "(C)"} for n in range(3)])
     samples = benchmark.read(asked)
     assert [(s.id, s.video, s.gold, s.category) for s in samples][1] == ("pan/1", "pan.mp4", 2, "boil")
     assert read_samples(f"{benchmark.name}:{asked}", tmp_path) == samples
@@ -225,6 +214,6 @@ def test_the_recipe_reads_and_scores_as_it_is_printed(recipe, tmp_path, monkeypa
     by_type = json.loads((tmp_path / "out.json").read_text())["summary"]["by_type"]
     assert by_type["boil"]["accuracy"] == 0.5 and by_type["fry"]["accuracy"] == 0
 
-    write(asked, [{**rows[0], "right": "D"}])
+    write_rows(asked, [{**rows[0], "right": "D"}])
     with pytest.raises(VidReasonError, match="test.csv, line 2"):
         benchmark.read(asked)

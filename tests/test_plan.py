@@ -14,7 +14,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from plan import LLM_SHAPES, llm_on_meta, plan, print_plan, si, trace
+from plan import LLM_SHAPES, llm_on_meta, plan, si, trace
+from train import print_plan
 from vidreason import PRESETS, Conversation, VidReasonError, build_sam, loss, pack
 
 ROOT = Path(__file__).resolve().parent.parent

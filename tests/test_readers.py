@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import write_rows
 
 from data.benchmarks import BENCHMARKS, as_asked, read_predictions, read_samples, split_weight
 from evaluation.score import score_predictions
@@ -36,18 +37,6 @@ def percent(summary):
     """{group: (accuracy in per cent, n)}, as published tables have it"""
     rows = {**summary["by_type"], "all": summary}
     return {name: (round(100 * row["accuracy"], 2), row["n"]) for name, row in rows.items()}
-
-
-def write(path, rows):
-    """rows: of a .csv dicts, of a .jsonl records, else anything that JSON can hold"""
-    with open(path, "w", newline="") as file:
-        if path.suffix == ".csv":
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
-        else:
-            file.write("\n".join(map(json.dumps, rows)) if path.suffix == ".jsonl" else json.dumps(rows))
-    return path
 
 
 # --------------------------------------------------------------------------- NExT-QA
@@ -79,7 +68,7 @@ def test_gold_comes_from_the_annotations(tmp_path):
     """A result file's own "answer", which eval_mc.py believes, changes nothing."""
     rows = json.loads((NEXTQA / "HGA-bert-ft-h256-val-example.json").read_text())
     cheat = {name: {**row, "answer": row["prediction"]} for name, row in rows.items()}
-    predictions = read_predictions(write(tmp_path / "cheat.json", cheat), "nextqa")
+    predictions = read_predictions(write_rows(tmp_path / "cheat.json", cheat), "nextqa")
     assert score("nextqa", read("nextqa", NEXTQA / "val.csv"), predictions)[0]["accuracy"] == 0.65
 
 
@@ -102,7 +91,7 @@ def test_nextqa_open_ended():
 
 def test_nextqa_open_ended_result_file(tmp_path):
     """Hand-written in the layout of NExT-OE's results/*.json: {video: {qid: text}}."""
-    path = write(tmp_path / "HGA.json", {"5772591393": {"4": "turn its head"}, "7004238086": {"0": ""}})
+    path = write_rows(tmp_path / "HGA.json", {"5772591393": {"4": "turn its head"}, "7004238086": {"0": ""}})
     assert read_predictions(path, "nextqa-oe") == {"5772591393_4": "turn its head", "7004238086_0": ""}
 
 
@@ -121,7 +110,7 @@ def test_nextgqa_answers_are_texts(tmp_path):
     twice = samples["3842638015_4"]
     assert twice.options[3:] == ["happy", "happy"] and twice.gold == 3
     rows = {name: {"prediction": 4, "answer": 4} for name in ("10001787725_1", "3842638015_4")}
-    predictions = read_predictions(write(tmp_path / "res.json", rows), "nextgqa")
+    predictions = read_predictions(write_rows(tmp_path / "res.json", rows), "nextgqa")
     summary, items = score("nextgqa", samples, predictions)
     assert items["10001787725_1"]["correct"] and not items["3842638015_4"]["correct"]
     assert percent(summary)["C"][1] + percent(summary)["T"][1] == 30 and summary["missing"] == 28
@@ -135,7 +124,7 @@ def test_activitynetqa_is_joined_by_id(tmp_path):
     s = samples["v_-_gDSRlC1kg_8"]
     assert (s.video, s.answer, s.category) == ("v_-_gDSRlC1kg.mp4", "4", "number")
     questions, answers = (json.loads((ACTIVITYNET / f"val_{x}.json").read_text()) for x in "qa")
-    apart = [write(tmp_path / "asked.json", questions), write(tmp_path / "said.json", answers[::-1])]
+    apart = [write_rows(tmp_path / "asked.json", questions), write_rows(tmp_path / "said.json", answers[::-1])]
     assert read("activitynetqa", *apart) == samples == read("activitynetqa", *apart[::-1])
     both = read("activitynetqa", ACTIVITYNET / "val_q.json", ACTIVITYNET / "test_q.json")
     assert len(both) == 15 + 17
@@ -178,7 +167,7 @@ def test_clevrer_scores_per_option_and_per_question(tmp_path):
         {"scene_index": int(scene), "questions": [{"question_id": int(q), "choices": found[::-1]}]}
         for (scene, q), found in ((k.split("_"), v) for k, v in choices.items())
     ]
-    predictions = read_predictions(write(path, scenes), "clevrer")
+    predictions = read_predictions(write_rows(path, scenes), "clevrer")
     assert predictions["9253_12"] == ["wrong", None, "wrong", "wrong"]
     summary, items = score("clevrer", samples, predictions)
     assert [i for i in items if items[i]["correct"]] == ["7748_11", "7627_11"]  # none right, and all right
@@ -200,7 +189,7 @@ def test_clevrer_descriptive_questions_and_the_host_s_layout(tmp_path):
         {"question_id": 1, "question": "What next?", "question_type": "predictive", "choices": choices},
     ]
     scene = {"scene_index": 10007, "video_filename": "video_10007.mp4", "questions": questions}
-    samples = read("clevrer", write(tmp_path / "validation.json", [scene]))
+    samples = read("clevrer", write_rows(tmp_path / "validation.json", [scene]))
     count, following = samples.values()
     assert count.video == "video_10000-11000/video_10007.mp4" and (count.answer, count.options) == ("2", None)
     assert following.options == ["c0", "c1"] and following.option_truths == (True, False)
@@ -209,7 +198,7 @@ def test_clevrer_descriptive_questions_and_the_host_s_layout(tmp_path):
     assert summary["by_type"]["predictive"]["per_option_accuracy"] == 0.5
     del questions[1]["choices"][0]["answer"]  # the test set
     with pytest.raises(VidReasonError, match="validation.json, scene 10007, question 1"):
-        read("clevrer", write(tmp_path / "validation.json", [scene]))
+        read("clevrer", write_rows(tmp_path / "validation.json", [scene]))
 
 
 def test_clevrer_trains_option_by_option():
@@ -234,7 +223,7 @@ def vcr(tmp_path):
         "rationale_choices": [["r0"], ["r1"], [[4], "waves"], ["r3"]],
         "rationale_label": 2,
     }
-    return write(tmp_path / "val.jsonl", [{**row, "annot_id": f"val-{i}"} for i in range(4)])
+    return write_rows(tmp_path / "val.jsonl", [{**row, "annot_id": f"val-{i}"} for i in range(4)])
 
 
 def test_vcr_names_people_and_asks_twice(vcr):
@@ -264,14 +253,14 @@ def test_tot_pairs(tmp_path):
     rows = [{"video_id": f"after_{i}", "sentence": f"A circle {i} after a blue box", "end_time": 2} for i in range(9)]
     rows.append({"video_id": "after_x", "sentence": "a ball after a box seen before noon", "end_time": 2})
     rows.append({"video_id": "before_0", "sentence": "a box before a ball thrown after lunch", "end_time": 2})
-    samples = read("tot", write(tmp_path / "test_v2.0.csv", rows))
+    samples = read("tot", write_rows(tmp_path / "test_v2.0.csv", rows))
     after, before = samples["after_3"], samples["before_0"]
     assert after.answer == "a circle 3 after a blue box" and after.video == "videos/after_3.mp4"
     assert sorted(after.options) == ["a blue box after a circle 3", "a circle 3 after a blue box"]
     assert samples["after_x"].category == "after"  # whatever the sentence says
     assert before.category == "before" and "a ball thrown after lunch before a box" in before.options
     assert {s.gold for s in samples.values()} == {0, 1}  # the right one is not always the first
-    write(tmp_path / "test_v2.0.csv", [{**rows[0], "sentence": "a circle, then a box"}])
+    write_rows(tmp_path / "test_v2.0.csv", [{**rows[0], "sentence": "a circle, then a box"}])
     with pytest.raises(VidReasonError, match="test_v2.0.csv, line 2"):
         read("tot", tmp_path / "test_v2.0.csv")
 
@@ -334,7 +323,7 @@ def test_vlm4d_judge_rewords_options(tmp_path):
     says = "B: no buses in it", "B: left", "A: 2"  # the last two are one option's letter and another one's text
     for row, found in zip(rows, says, strict=True):
         row["extracted_answer"] = found
-    path = write(tmp_path / "real_mc_cot" / "m.json", rows)
+    path = write_rows(tmp_path / "real_mc_cot" / "m.json", rows)
     items = score("vlm4d", read("vlm4d", path), read_predictions(path, "vlm4d-judged"))[1]
     assert [i["correct"] for i in items.values()] == [True, False, False]
 
@@ -352,7 +341,7 @@ def test_vlm4d_replies_to_older_questions(tmp_path):
     folder.mkdir()
     rows = json.loads((RESULTS / "real_mc_direct-output/deepseek-vl2_8frame.json").read_text())
     rows[0]["choices"] = dict(zip("ABCD", [*rows[0]["choices"].values()][::-1], strict=True))  # B is now "right"
-    path, now = write(folder / "old.json", rows), BENCHMARKS["vlm4d"].read(VLM4D / "real_mc.json")
+    path, now = write_rows(folder / "old.json", rows), BENCHMARKS["vlm4d"].read(VLM4D / "real_mc.json")
     vlm4d = BENCHMARKS["vlm4d"]
     asked, changed = as_asked(vlm4d, now, path)
     assert changed == ["real_validation_1"] and asked[1:] == now[1:] and asked[0].video == now[0].video
@@ -371,7 +360,7 @@ def test_video_holmes_ids_start_again_with_each_film(tmp_path):
     assert len(samples) == 16 and (s.video, s.gold, s.category) == ("RSmjqss0XKQ.mp4", 5, "CTI")
     assert s.options[5] == s.answer and len(s.options) == 6
     rows = [{"video ID": film, "Question ID": 1, "Predicr Answer": "A"} for film in ("RSmjqss0XKQ", "dGS48Kcax5k")]
-    predictions = read_predictions(write(tmp_path / "Results.json", rows), "video-holmes")
+    predictions = read_predictions(write_rows(tmp_path / "Results.json", rows), "video-holmes")
     summary, items = score("video-holmes", samples, predictions)
     assert items["RSmjqss0XKQ_1"]["correct"] and not items["dGS48Kcax5k_1"]["correct"]
     assert percent(summary)["SR"] == (50, 2) and summary["missing"] == 14 and summary["n"] == 16
@@ -390,7 +379,7 @@ def test_records_with_options(tmp_path):
         {"id": "open", "video": "a.mp4", "question": "q", "answer": ["y", "z"], "start": 1, "end": 2.5},
         {"id": "rest", "video": "a.mp4", "question": "q", "answer": "y", "start": 1, "end": None},
     ]
-    samples = read("jsonl", write(tmp_path / "r.jsonl", rows))
+    samples = read("jsonl", write_rows(tmp_path / "r.jsonl", rows))
     assert {name: s.gold for name, s in samples.items()} == {
         "text": 1, "letter": 1, "index": 1, "number": 2, "gold": 1, "open": None, "rest": None,
     }  # fmt: skip
@@ -399,13 +388,13 @@ def test_records_with_options(tmp_path):
     assert samples["rest"].video == "a.mp4#t=1.000,"
     for span in ({"start": -1}, {"start": 2, "end": 1}, {"end": float("nan")}, {"video": "a.mp4#t=1", "start": 2}):
         with pytest.raises(VidReasonError, match="name no span of the video.*line 1"):
-            read("jsonl", write(tmp_path / "bad.jsonl", [{**rows[0], **span}]))
+            read("jsonl", write_rows(tmp_path / "bad.jsonl", [{**rows[0], **span}]))
 
 
 def test_ids_that_collide_become_distinct(tmp_path):
     row = {"video": "a.mp4", "question": "q", "answer": "a"}
-    one = write(tmp_path / "one.jsonl", [{**row, "id": 1}, {**row, "id": 2}])
-    two = write(tmp_path / "two.jsonl", [{**row, "id": 2}, {**row, "id": 3}, {**row, "id": 3}])
+    one = write_rows(tmp_path / "one.jsonl", [{**row, "id": 1}, {**row, "id": 2}])
+    two = write_rows(tmp_path / "two.jsonl", [{**row, "id": 2}, {**row, "id": 3}, {**row, "id": 3}])
     assert [s.id for s in BENCHMARKS["jsonl"].read([one, two])] == ["1", "one/2", "two/2", "two/3", "two/3#2"]
     assert [s.id for s in BENCHMARKS["jsonl"].read(two)] == ["2", "3", "3#2"]
 
@@ -438,7 +427,7 @@ def test_bad_records_are_named_by_file_and_place(name, rows, where, tmp_path):
     if name == "nextqa":
         with open(NEXTQA / "val.csv", newline="") as file:
             rows = [{**next(csv.DictReader(file)), **rows}]
-    path = write(tmp_path / f"bad{suffix}", rows)
+    path = write_rows(tmp_path / f"bad{suffix}", rows)
     with pytest.raises(VidReasonError, match=where) as error:
         read(name, path)
     assert path.name in str(error.value)
@@ -461,18 +450,18 @@ def test_missing_empty_and_unreadable_predictions_count_as_wrong(tmp_path):
     names, gold = list(samples), {name: s.gold for name, s in samples.items()}
     said = [*("", "  ", None), *("the first or the second", 7, -1, True, "3"), *(gold[n] for n in names[8:12])]
     rows = [{"id": name, "prediction": p} for name, p in zip([*names[:12], "elsewhere"], [*said, 0], strict=True)]
-    predictions = read_predictions(write(tmp_path / "p.jsonl", rows), "jsonl")
+    predictions = read_predictions(write_rows(tmp_path / "p.jsonl", rows), "jsonl")
     summary, _ = score("nextqa", samples, predictions)
     counts = {key: summary[key] for key in ("n", "accuracy", "missing", "empty", "unparsed", "unasked")}
     assert counts == {"n": 20, "accuracy": 4 / 20, "missing": 8, "empty": 3, "unparsed": 5, "unasked": 1}
 
 
 def test_bad_result_files_are_named(tmp_path):
-    twice = write(tmp_path / "p.jsonl", [{"id": "a", "prediction": 1}, {"id": "a", "prediction": 2}])
+    twice = write_rows(tmp_path / "p.jsonl", [{"id": "a", "prediction": 1}, {"id": "a", "prediction": 2}])
     with pytest.raises(VidReasonError, match="a is answered twice.*p.jsonl, line 2"):
         read_predictions(twice, "jsonl")
     with pytest.raises(VidReasonError, match="'prediction'.*p.json, record 1"):
-        read_predictions(write(tmp_path / "p.json", {"a_1": {"answer": 1}}), "nextqa")
+        read_predictions(write_rows(tmp_path / "p.json", {"a_1": {"answer": 1}}), "nextqa")
     with pytest.raises(VidReasonError, match="--format"):
         score("nextqa", read("nextqa", NEXTQA / "val.csv"), {"elsewhere": 1})
 
@@ -489,7 +478,7 @@ def test_training_reads_every_benchmark(tmp_path, vcr):
     for name, path in files.items():
         for s in read_samples(f"{name}:{path}", tmp_path):
             assert s.question and s.answer and (s.options is None or s.options[s.gold] == s.answer)
-    plain = write(tmp_path / "c:d.jsonl", [{"video": "a.mp4", "caption": "a ball"}])
+    plain = write_rows(tmp_path / "c:d.jsonl", [{"video": "a.mp4", "caption": "a ball"}])
     assert read_samples(plain)[0].answer == read_samples(f"jsonl:{plain}")[0].answer == "a ball"
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from data.benchmarks import BENCHMARKS
+from data.program import print_columns
 from data.records import Sample
-from evaluation.score import Trouble, print_columns, print_table, score_predictions, verdict_on
+from evaluation.score import Trouble, print_table, score_predictions, verdict_on
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS = BENCHMARKS["jsonl"]

@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from data.features import encode_videos
-from data.program import ROOT, TOY_MODEL, Parser, guarded, positive, write_json
+from data.program import ROOT, TOY_MODEL, Parser, guarded, positive, print_columns, write_json
 from evaluation.score import interval
 from toy import language, world
 from toy.exam import toy_questions
@@ -345,25 +345,23 @@ def held_out_outcomes(results: list[dict]) -> dict[str, int]:
 
 
 def print_rows(rows: dict[str, dict]):
-    head = f"{'variant':22s}{'accuracy':>9s}{'95 % interval':>16s}{'against full':>26s}"
-    head += "".join(f"{kind:>10s}" for kind in SHOWN)
-    head += f"{'outcome of pair':>18s}   seeds"
-    print(f"\n{head}")
-    for name, row in rows.items():
-        between = "{:.3f} – {:.3f}".format(*row["interval"])
-        against_full = ""
-        if "difference" in row:
-            against_full = "{:+.3f} ({:+.3f} – {:+.3f})".format(row["difference"], *row["difference_interval"])
-        cells = "".join(type_cell(row, kind) for kind in SHOWN)
-        outcomes = "{outcome_right} of {named}".format(**row["held_out"])
-        seeds = " ".join(f"{accuracy:.3f}" for accuracy in row["seeds"])
-        print(f"{name:22s}{row['accuracy']:9.3f}{between:>16s}{against_full:>26s}{cells}{outcomes:>18s}   {seeds}")
+    heads = ["variant", "accuracy", "95 % interval", "against full", *SHOWN, "outcome of pair", "   seeds"]
+    widths = [22, 9, 16, 26, *(10 for _ in SHOWN), 18, 0]
+    print()
+    print_columns(heads, [cells_of(name, row) for name, row in rows.items()], widths)
 
 
-def type_cell(row: dict, kind: str) -> str:
-    if kind not in row["by_type"]:  # few clips may lack a type
-        return " " * 10
-    return f"{row['by_type'][kind]['accuracy']:10.3f}"
+def cells_of(name: str, row: dict) -> list[str]:
+    """A line of the table; few clips may lack a type of question."""
+    difference = ""
+    if "difference" in row:
+        difference = "{:+.3f} ({:+.3f} – {:+.3f})".format(row["difference"], *row["difference_interval"])
+    cells = [name, f"{row['accuracy']:.3f}", "{:.3f} – {:.3f}".format(*row["interval"]), difference]
+    for kind in SHOWN:
+        scores = row["by_type"].get(kind)
+        cells.append(f"{scores['accuracy']:.3f}" if scores else "")
+    seeds = " ".join(f"{accuracy:.3f}" for accuracy in row["seeds"])
+    return [*cells, "{outcome_right} of {named}".format(**row["held_out"]), f"   {seeds}"]
 
 
 def plot(rows: dict[str, dict], path: Path):
