@@ -34,9 +34,8 @@ GUARDS = {  # what is mutated, and the tests that should notice, the fastest fir
     "vidreason.py": ["tests/test_model.py", "tests/test_video.py", "tests/test_upstream.py"],
     "data/batches.py": ["tests/test_train.py", "-k", "order_of_samples or every_video_comes or weights_say"],
     "evaluation/score.py": [
-        "tests/test_score.py", "tests/test_benchmarks.py", "tests/test_readers.py", "tests/test_evaluate.py",
-        "tests/test_judging.py", "-k",
-        "verdict or column or remark or word or block or read or interval or majority or sign_test or compare",
+        "tests/test_score.py", "tests/test_benchmarks.py", "tests/test_readers.py", "tests/test_judging.py",
+        "-k", "not command_line and not human and not extractor and not judge",
     ],
     "evaluation/choice.py": ["tests/test_judging.py", "-k", "extractor or a_choice"],
 }  # fmt: skip
