@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from test_data import ROOT
 
-from evaluation.choice import extract_choice
+from evaluation.choice import extract_choice, yes_or_no
 from evaluation.judge import judge, judge_prompt
 from evaluation.people import human_sheet, read_rankings
 from evaluation.score import compare, print_comparison, sign_test
@@ -89,10 +89,17 @@ def test_extractor_agrees_with_people():
         ("He comes from the left. Therefore, he moves on. Right?", 1),
         ("He goes left, then right.", None),
         ("It is impossible to say if he turns left.", None),
+        ("<think>He turns.\nThe answer is A.\n</think>\nB", 1),  # thoughts of several lines
+        ("A: left\nB: right", None),
+        ("B: goes to left", None),  # a label
+        ("B: he always goes to left", 1),  # an explanation
+        ("He moves left. Therefore, he wins.", 0),  # a conclusion need not repeat it
+        ("Left or right? Thus left at first. Hence, right.", 1),  # of conclusions the last
         ("", None),
     ],
 )
 def test_extractor(reply, choice):
+    """Fails if one of these ways to state a choice, or none, is read as another one."""
     assert extract_choice(reply, OPTIONS) == choice
 
 
@@ -110,10 +117,22 @@ def test_extractor(reply, choice):
         ("The answer is", ["", "bad"], None),
         ("The answer is a", ["x", "a"], 0),  # a letter first, but:
         ("The answer is A dog", ["it", "a cat", "A dog", "A dog"], 2),
+        ("The answer is A dog rather than a cat", ["a cat", "A dog"], 1),  # what comes first is claimed
+        ("The answer is 4 rather than 2", ["2", "4"], 1),
+        ("It shows a ball.", ["ball", "a ball"], 1),  # the longer one, whatever their order in the alphabet
     ],
 )
 def test_extractor_with_awkward_options(reply, options, choice):
+    """Fails if options that contain or equal one another, or are numbers, are confused."""
     assert extract_choice(reply, options) == choice
+
+
+@pytest.mark.parametrize(
+    "reply, truth", [("Yes.", True), ("no", False), ("perhaps", None), (0, True), (1, False), (None, None)]
+)
+def test_a_choice_of_yes_or_no(reply, truth):
+    """Fails if yes and no change places, or a reply that is neither, or an index, is read as a text."""
+    assert yes_or_no(reply) is truth
 
 
 def test_a_choice_does_not_hang_on_the_order_of_a_set():
