@@ -636,7 +636,7 @@ def test_saving_without_lora_removes_an_older_adapter(config, model, tmp_path):
 
 
 def copies_in(path):
-    """{name: tensor} in memory of their own: those of load_file may lie in the file, which must not be rewritten then."""
+    """{name: tensor}, copied: tensors of load_file may lie in the file, which must not be rewritten then."""
     return {name: tensor.clone() for name, tensor in load_file(path).items()}
 
 

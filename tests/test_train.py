@@ -206,9 +206,10 @@ def test_another_run_or_a_foreign_checkpoint_is_refused(place, whole, tmp_path):
     assert "lr was 0.0001, is 0.0002" in refused(place, tmp_path, flags.replace("1e-4", "2e-4"))
     (shard,) = (tmp_path / "checkpoints" / "step-00000006").glob("*.safetensors")
     with safe_open(shard, "pt") as file:
-        tensors = {key.replace("fusion.queries", "fusion.stranger"): file.get_tensor(key).clone() for key in file.keys()}
+        tensors = {key: file.get_tensor(key).clone() for key in file.keys()}
         notes = {key: value.replace("fusion.queries", "fusion.stranger") for key, value in file.metadata().items()}
-    save_file(tensors, shard, notes)
+    renamed = {key.replace("fusion.queries", "fusion.stranger"): tensor for key, tensor in tensors.items()}
+    save_file(renamed, shard, notes)
     says = refused(place, tmp_path, flags)
     assert "missing model.fusion.queries" in says and "unexpected model.fusion.stranger" in says and "--restart" in says
     shard.write_bytes(shard.read_bytes()[:100])
