@@ -32,7 +32,10 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 GUARDS = {  # what is mutated, and the tests that should notice, the fastest first
     "vidreason.py": ["tests/test_model.py", "tests/test_video.py", "tests/test_upstream.py"],
-    "data/batches.py": ["tests/test_train.py", "-k", "order_of_samples or every_video_comes or weights_say"],
+    "data/batches.py": [
+        "tests/test_batches.py", "tests/test_train.py", "-k",
+        "test_batches or order_of_samples or every_video_comes or weights_say",
+    ],
     "evaluation/score.py": [
         "tests/test_score.py", "tests/test_benchmarks.py", "tests/test_readers.py", "tests/test_judging.py",
         "-k", "not command_line and not human and not extractor and not judge",
