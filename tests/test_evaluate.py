@@ -232,7 +232,11 @@ def test_a_limit_takes_both_questions_of_a_line_of_vcr():
 def test_a_written_choice_is_read_from_the_reply(model, monkeypatch, tmp_path):
     samples = [Sample(str(i), "v", "where?", "right", ["left", "right"], gold=1) for i in range(3)]
     said, prompts = iter(["Left, then right. Therefore, the final answer is: B", "B", "neither"]), []
-    batch = lambda features, asked: prompts.extend(asked) or [next(said) for _ in asked]
+
+    def batch(features, asked):
+        prompts.extend(asked)
+        return [next(said) for _ in asked]
+
     monkeypatch.setattr(model, "answer_batch", batch)
     found = ask(model, samples, lambda video: None, "cot", tmp_path / "kept.jsonl")
     assert prompts[0].startswith("where?\nA: left\nB: right\n") and "step by step" in prompts[0]

@@ -204,7 +204,10 @@ def test_bertscore(tmp_path):
     torch.manual_seed(0)
     shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
     BertModel(BertConfig(vocab_size=len(vocabulary), **shape)).save_pretrained(tmp_path)
-    score = lambda said, truths: float(bertscore(tmp_path, said, truths)["BERTScore"])
+
+    def score(said, truths):
+        return float(bertscore(tmp_path, said, truths)["BERTScore"])
+
     assert score(["the cat sat"], [["the cat sat"]]) == pytest.approx(1)
     assert 0 < score(["the cat sat"], [["a dog runs on"]]) < 0.99
     # the best of two references; nothing is 0
@@ -525,7 +528,10 @@ def test_compare(tmp_path, capsys):
     whole = result_file(tmp_path / "whole", np.repeat(right[1, :100], 4))
     none = result_file(tmp_path / "none", np.zeros(400))
     once = result_file(tmp_path / "once", np.tile(right[1, :100], 4))
-    width = lambda path: np.ptp(compare(none, path)["interval"])
+
+    def width(path):
+        return np.ptp(compare(none, path)["interval"])
+
     assert width(whole) > 1.5 * width(once)
 
 
