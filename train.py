@@ -200,7 +200,7 @@ COUNTS = (
     "batch", "micro_batch", "pairs_per_video", "max_steps", "max_videos", "threads", "processes",
     "save_every", "keep", "world_size",
 )  # fmt: skip
-FROZEN_PARTS = ("encoder_weights", "sam", "sam_weights", "llm")  # settings that say where they come from
+NAMED_PARTS = ("encoder_weights", "sam", "sam_weights", "llm")  # settings that say where the frozen parts come from
 
 
 def check(settings: Settings):
@@ -211,7 +211,7 @@ def check(settings: Settings):
     has_data = settings.preset == "toy" or (settings.data and settings.videos)
     if not has_data and not settings.plan:
         raise VidReasonError(f"preset {settings.preset} has no data of its own (--data, --videos): name yours")
-    given = [name for name in FROZEN_PARTS if getattr(settings, name)]
+    given = [name for name in NAMED_PARTS if getattr(settings, name)]
     if settings.stage == 2 and given:
         raise VidReasonError(
             f"stage 2 takes its frozen parts from --init_from (--{given[0]}): change the config.json there"
@@ -258,7 +258,7 @@ def config_of(settings: Settings) -> tuple[Config, Path]:
     if settings.model and (not directory.is_dir() or (directory / "config.json").exists()):
         config = read_config(directory)  # which says so if there is no such directory
     given = {}
-    for name in FROZEN_PARTS:
+    for name in NAMED_PARTS:
         value = getattr(settings, name)
         if value and Path(value).exists():
             value = str(Path(value).resolve())

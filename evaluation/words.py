@@ -1,4 +1,4 @@
-"""Open answers (§4.3.2): BLEU, ROUGE, METEOR, CIDEr, BERTScore, WUPS."""
+"""Open answers (§4.3.2): BLEU, ROUGE, METEOR, CIDEr, BERTScore in `open_ended`; WUPS apart, for NExT-OE asks it."""
 
 import importlib
 import itertools

@@ -2,8 +2,9 @@
 
 A new type of question: at the end of the section "questions" write a function of (clip, rng) that returns a list of
 Question, and put `@asks` with the type's phrasings above it. It may return none where the clip does not answer it
-clearly. A word that stands in no table of this file goes into `every_word` of toy/llm.py. The functions draw from one
-stream of random numbers in the order in which they stand here, so one in their midst would change all questions after.
+clearly. A word that stands in no table of this file goes into OTHER_WORDS of toy/llm.py, and the toy's weights must
+then be made anew (toy/README.md). The functions draw from one stream of random numbers in the order in which they
+stand here, so one in their midst would change all questions after.
 """
 
 import itertools
