@@ -203,7 +203,7 @@ def memory(model: VidReason, costs: dict, micro: int, world_size: int, gpu_memor
     Trained: fp32 parameter, gradient and two moments over all GPUs; bf16 copy and unreduced fp32 gradient on each.
     """
     llm = count(model.llm)
-    blocks = model.llm.get_decoder().layers
+    blocks = blocks_of(model.llm)
     whole = 0  # parameters
     if world_size > 1:
         whole = llm - count(blocks) * (1 - 2 / len(blocks))
@@ -473,6 +473,15 @@ def matmul_ceiling(device: torch.device) -> float:
     torch.cuda.synchronize()
     seconds = start.elapsed_time(end) / 1000
     return repeats * 2 * side**3 / seconds
+
+
+def blocks_of(llm: nn.Module) -> nn.ModuleList:
+    """The LLM's transformer blocks, whatever its family calls them."""
+    number = llm.config.get_text_config().num_hidden_layers
+    for module in llm.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == number:
+            return module
+    raise VidReasonError(f"no list of {number} blocks in this LLM ({type(llm).__name__}): use another one")
 
 
 def flops_per_token(model: VidReason) -> int:

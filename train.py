@@ -64,7 +64,7 @@ from data.benchmarks import read_samples
 from data.features import FeatureCache, encode_videos, report_bad, write_familiar
 from data.program import ROOT, TOY_MODEL, Parser, guarded, launcher, print_columns, python, sha256, shown, write_json
 from data.records import Sample, file_of
-from plan import assumptions_of, flops_per_token, headline_of, matmul_ceiling, plan, tables_of
+from plan import assumptions_of, blocks_of, flops_per_token, headline_of, matmul_ceiling, plan, tables_of
 from toy.videos import MP4_BYTES, make_training_world, sample_id, videos_in
 from vidreason import (
     CAPTION_PROMPT,
@@ -325,7 +325,7 @@ def parallelise(model: VidReason, settings: Settings, device: torch.device) -> s
 
     not_sharded = {*model.encoder.parameters(), *model.sam.parameters()}
     if shard_llm:
-        for block in model.llm.get_decoder().layers:
+        for block in blocks_of(model.llm):
             fully_shard(block, mesh=mesh, mp_policy=policy)
     else:
         not_sharded |= {p for p in model.llm.parameters() if not p.requires_grad}
@@ -842,7 +842,7 @@ def run(given: Settings):
     ]
 
     if settings.compile:
-        for block in model.llm.get_decoder().layers:
+        for block in blocks_of(model.llm):
             block.compile(dynamic=True)
     if world() > 1 or device.type == "cuda":
         notes.append(parallelise(model, settings, device))

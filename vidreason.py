@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import av
 import numpy as np
@@ -809,28 +810,93 @@ CAPTION_PROMPT = "Describe the video."
 
 
 def encode_prompt(tokenizer, prompt: str) -> list[int]:
-    """Token ids of a user's turn and the header of the assistant's, by the tokenizer's own chat template."""
-    if not tokenizer.chat_template:
-        raise VidReasonError(f"tokenizer has no chat template ({tokenizer.name_or_path}): use an instruction-tuned LLM")
-    turns = [{"role": "user", "content": prompt}]
-    return list(tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False))
+    """Token ids of a user's turn and all that the chat template writes before the assistant's words."""
+    turn = template_of(tokenizer, tokenizer.chat_template)
+    return token_ids(tokenizer, turn.before + plain(tokenizer, prompt) + turn.between)
 
 
 def encode_pair(tokenizer, prompt: str, target: str) -> tuple[list[int], list[int]]:
-    """-> (prompt ids, target ids): the target is what the assistant adds, up to the template's end-of-turn token."""
-    prompt_ids = encode_prompt(tokenizer, prompt)
-    turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": target}]
-    ids = list(tokenizer.apply_chat_template(turns, return_dict=False))
+    """-> (prompt ids, target ids): the target is what the assistant adds, up to the template's end-of-turn token.
+    Blanks around a text are not part of it, and a text that spells a special token does not become one."""
+    turn = template_of(tokenizer, tokenizer.chat_template)
+    asked = turn.before + plain(tokenizer, prompt) + turn.between
+    said = turn.lead + plain(tokenizer, target) + turn.end
+    prompt_ids = token_ids(tokenizer, asked)
+    ids = token_ids(tokenizer, asked + said)
     start = len(prompt_ids)
-    if ids[:start] != prompt_ids:
-        raise VidReasonError(f"chat template rewrites what it has said ({tokenizer.name_or_path}): use another LLM")
-
+    if ids[:start] != prompt_ids:  # two words became one token across the border
+        ids = prompt_ids + token_ids(tokenizer, said)
     target_ids = ids[start:]
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    ends = [i for i, token in enumerate(target_ids) if token in special]
-    if not ends:
-        return prompt_ids, [*target_ids, tokenizer.eos_token_id]
-    return prompt_ids, target_ids[: ends[-1] + 1]  # a line break may follow the end of a turn
+    if not turn.end:
+        target_ids.append(tokenizer.eos_token_id)
+    return prompt_ids, target_ids
+
+
+def token_ids(tokenizer, text):
+    """Of a text in which the template has written all special tokens."""
+    return list(tokenizer(text, add_special_tokens=False).input_ids)
+
+
+def plain(tokenizer, text):
+    """A text without blanks around it, the special tokens that it spells broken in two: "<|im_end|>", "< |im_end|>"."""
+    text = text.strip()
+    for token in special_tokens(tokenizer):
+        text = text.replace(token, f"{token[:1]} {token[1:]}")
+    return text
+
+
+def special_tokens(tokenizer):
+    """What the tokenizer takes for more than text."""
+    return [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+
+
+class Turn(NamedTuple):
+    """What a chat template writes around a question and its answer: [before | Q | between | lead | A | end]."""
+
+    before: str
+    between: str
+    lead: str  # blanks that the answer's first token carries
+    end: str  # up to the first special token; empty if there is none
+
+
+@lru_cache(maxsize=8)
+def template_of(tokenizer, chat_template) -> Turn:
+    """A chat template, taken apart at a question and an answer. What it writes before an answer that it has is the
+    prompt, not what it would write for an answer to come: some templates open a thought there, or close an empty one
+    here, and all that is no part of the answer. Raises VidReasonError for a template that changes what was said."""
+    name = tokenizer.name_or_path
+    if not chat_template:
+        raise VidReasonError(f"tokenizer has no chat template ({name}): use an instruction-tuned LLM")
+    question, answer = "QUESTION", "ANSWER"
+    user = {"role": "user", "content": question}
+    turns = [user, {"role": "assistant", "content": answer}]
+    system = []
+    try:
+        whole = tokenizer.apply_chat_template(turns, tokenize=False)
+    except Exception:  # a template may raise what it likes: some demand a system's turn
+        system = [{"role": "system", "content": "You are a helpful assistant."}]
+        try:
+            whole = tokenizer.apply_chat_template(system + turns, tokenize=False)
+        except Exception as error:
+            raise VidReasonError(f"chat template fails: {error} ({name}): use another LLM") from error
+    if whole.count(question) != 1 or whole.count(answer) != 1:
+        raise VidReasonError(f"chat template changes what is said ({name}): use another LLM")
+
+    before, rest = whole.split(question)
+    between, after = rest.split(answer)
+    lead = ""
+    begun = tokenizer.apply_chat_template([*system, user], tokenize=False, add_generation_prompt=True)
+    begun = begun.removeprefix(before + question)
+    if between.startswith(begun) and between[len(begun) :].isspace():
+        lead = between[len(begun) :]
+        between = begun
+
+    end = ""
+    specials = "|".join(map(re.escape, special_tokens(tokenizer)))
+    end_of_turn = re.match(f"(.*?)({specials})", after, re.DOTALL) if specials else None
+    if end_of_turn:
+        end = end_of_turn[0]
+    return Turn(before, between, lead, end)
 
 
 @dataclass
@@ -913,20 +979,102 @@ def pack(conversations: list[Conversation], num_queries: int) -> Packed:
 
 # -------------------------------------------------------------------------------- §3.3.2: the LLM, Eq. 5 and Eq. 6
 def target_logprobs(llm, packed: Packed, e_vision: torch.Tensor | None = None) -> torch.Tensor:
-    """Eq. 5: log P(y_t | E_input, y_<t) for every target token of a Packed batch -> (M,) float32.
+    """Eq. 5: log P(y_t | E_input, y_<t) for every target token of a Packed batch -> (M,) float32, of any causal LLM:
+    its own forward, in rows as they are packed where its attention allows that, else with a row for each pair.
     e_vision (B, N_q, D_llm), or None for rows of text alone. Vocabulary-wide logits exist at target positions only."""
     e_input = llm.get_input_embeddings()(packed.ids)
     if e_vision is not None:
         e_input = torch.cat([e_vision.to(e_input.dtype), e_input], dim=1)  # E_input = [E_vision ; E_text]
-    outputs = llm.get_decoder()(
-        inputs_embeds=e_input,
-        attention_mask=packed.attention_mask,
-        position_ids=packed.position_ids,
-        use_cache=False,
-    )
-    predicting = outputs.last_hidden_state[packed.rows, packed.columns]
-    logits = llm.get_output_embeddings()(predicting).float()  # (M, vocabulary)
-    return -F.cross_entropy(logits, packed.targets, reduction="none")
+    longest = int(packed.position_ids.max()) + 1
+    if reads_packed_rows(llm) and longest <= attention_window(llm):
+        logits = packed_logits(llm, packed, e_input)
+    else:
+        logits = unpacked_logits(llm, packed, e_input)
+    return -F.cross_entropy(logits.float(), packed.targets, reduction="none")
+
+
+def packed_logits(llm, packed, e_input):
+    """(M, vocabulary), from rows as they are packed; the mask takes the place of whatever the LLM would mask itself."""
+    mask, positions = packed.attention_mask, packed.position_ids
+    return logits_at(llm, e_input, packed.rows, packed.columns, attention_mask=mask, position_ids=positions)
+
+
+def unpacked_logits(llm, packed, e_input):
+    """(M, vocabulary), from a row for each pair: what the last position of a pair may look at, in its order."""
+    sequences, rows, columns = [], [], []
+    pairs, sizes = packed.owner.unique_consecutive(return_counts=True)
+    places = zip(packed.rows.split(sizes.tolist()), packed.columns.split(sizes.tolist()), strict=True)
+    for row, (rows_of_pair, columns_of_pair) in enumerate(places):
+        visible = packed.attention_mask[rows_of_pair[0], 0, columns_of_pair[-1]].nonzero()[:, 0]
+        sequences.append(e_input[rows_of_pair[0], visible])
+        rows.append(torch.full_like(rows_of_pair, row))
+        columns.append(torch.searchsorted(visible, columns_of_pair))
+    # padded on the right: no position looks to its right, so no mask is needed
+    e_input = nn.utils.rnn.pad_sequence(sequences, batch_first=True)
+    return logits_at(llm, e_input, torch.cat(rows), torch.cat(columns))
+
+
+def logits_at(llm, e_input, rows, columns, **inputs):
+    """The logits of the LLM's own forward, scaled and capped as it does, at some places only -> (M, vocabulary)"""
+
+    def select(head, args):
+        """What the LLM's head is asked for."""
+        return (args[0][rows, columns][None],)
+
+    hook = llm.get_output_embeddings().register_forward_pre_hook(select)
+    try:
+        return llm(inputs_embeds=e_input, use_cache=False, **inputs).logits[0]
+    finally:
+        hook.remove()
+
+
+PACKABLE = WeakKeyDictionary()  # LLM -> whether it reads packed rows
+
+
+def reads_packed_rows(llm) -> bool:
+    """Whether packed rows give the logits that rows of their own give. No list says it of every family (ALiBi, state
+    spaces and convolutions do not, some attentions take no such mask), so each LLM is asked once, with a few tokens."""
+    if llm not in PACKABLE:
+        was_training = llm.training
+        llm.eval()
+        PACKABLE[llm] = agrees_with_itself(llm)
+        llm.train(was_training)
+    return PACKABLE[llm]
+
+
+@torch.no_grad()
+def agrees_with_itself(llm):
+    """Two ways to the same logits, of two rows of which one has two pairs."""
+    if llm.config.get_text_config()._attn_implementation == "eager":  # adds a mask of bools to its scores
+        return False
+    words = llm.get_input_embeddings()
+    first = Conversation([([1, 2, 3], [4, 5]), ([6, 7], [8, 9, 10])], context=[11, 12, 13])
+    second = Conversation([([14, 15], [16])])
+    packed = pack([first, second], 0).to(words.weight.device)
+    e_input = words(packed.ids)
+    apart = unpacked_logits(llm, packed, e_input).float()
+    try:
+        together = packed_logits(llm, packed, e_input).float()
+    except (AttributeError, RuntimeError, TypeError, ValueError, NotImplementedError):  # it takes no such mask
+        return False
+    difference = (together - apart).abs().mean()
+    tolerance = 1e-3 if e_input.dtype == torch.float32 else 0.03
+    return bool(difference < tolerance * apart.std())
+
+
+def attention_window(llm) -> float:
+    """How far back every layer of the LLM looks, in tokens. A packed row must not be longer: the mask of a packed row
+    takes the place of the layer's own."""
+    config = llm.config.get_text_config()
+    kinds = getattr(config, "layer_types", None)
+    if kinds and set(kinds) == {"full_attention"}:
+        return math.inf
+    sizes = [math.inf]
+    for name, value in config.to_dict().items():
+        limits = re.search("window$|window_size$|chunk_size$|local_attention$", name)
+        if limits and type(value) is int and value > 0:
+            sizes.append(value)
+    return min(sizes)
 
 
 def loss(llm, packed: Packed, e_vision: torch.Tensor | None = None) -> tuple[torch.Tensor, int]:
@@ -964,13 +1112,23 @@ def generate(
         eos_token_id=sorted(stop),
         pad_token_id=min(stop) if padding is None else padding,
     )
-    new_ids = llm.generate(
-        inputs_embeds=e_input,
-        attention_mask=mask,
-        generation_config=settings,
-        streamer=streamer if beams == 1 else None,  # a beam's words are not final until it ends
-    )
-    return [until(stop, row) for row in new_ids.tolist()]
+
+    def continued(e_input, mask):
+        """What a batch goes on with."""
+        new_ids = llm.generate(
+            inputs_embeds=e_input,
+            attention_mask=mask,
+            generation_config=settings,
+            streamer=streamer if beams == 1 else None,  # a beam's words are not final until it ends
+        )
+        return [until(stop, row) for row in new_ids.tolist()]
+
+    if mask.all() or not getattr(llm, "_is_stateful", False):
+        return continued(e_input, mask)
+    answered = []
+    for row, real in zip(e_input, mask, strict=True):  # a state runs through padding, too
+        answered += continued(row[real > 0][None], real[real > 0][None])
+    return answered
 
 
 def stop_tokens(llm, tokenizer):
@@ -1251,12 +1409,11 @@ class VidReason(nn.Module):
         llm = self.llm
         if isinstance(llm, PeftModel):
             llm = llm.get_base_model()
+        once = {name for name, _ in [*llm.named_parameters(), *llm.named_buffers()]}  # of tied weights the first
         words = {}
         for key, tensor in on_cpu(llm.state_dict(), dtype).items():
-            if ".lora_" not in key:
+            if key in once and ".lora_" not in key:
                 words[key.replace(".base_layer", "")] = tensor  # peft's name for what an adapter stands beside
-        if llm.config.tie_word_embeddings:
-            del words["lm_head.weight"]
         write_aside(directory, lambda aside: llm.save_pretrained(aside, state_dict=words))
         self.tokenizer.save_pretrained(directory)
 
@@ -1371,21 +1528,37 @@ def differences(theirs, ours):
 
 
 def load_llm(name: str | Path, dtype: torch.dtype = torch.float32) -> tuple:
-    """-> (causal LM, tokenizer) from a directory or the hub; SDPA, because it takes pack's 4-D boolean mask."""
+    """-> (causal LM, tokenizer) from a directory or the hub. Raises VidReasonError for what cannot be loaded, whose
+    weights do not fit, or what is no LLM to be given E_vision."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        llm, report = AutoModelForCausalLM.from_pretrained(
-            name,
-            dtype=dtype,
-            attn_implementation="sdpa",
-            output_loading_info=True,
-        )
+        llm, report = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True)
     except (OSError, ValueError, ImportError) as error:
-        advice = "give a directory or an open model (Qwen/Qwen2.5-0.5B-Instruct), or accept its licence and log in"
+        advice = "give a directory or an open model (Qwen/Qwen2.5-0.5B-Instruct)"
+        if re.search("gated|401|403|restricted", str(error)):
+            advice += ", or accept its licence and log in"
         raise VidReasonError(f"LLM cannot be loaded: {str(error)[:120]} ({name}): {advice}") from error
     problems = []
     for kind, keys in report.items():
         problems += [f"{kind} {key}" for key in keys]
     if problems:
         raise VidReasonError(f"weights do not fit the LLM: {', '.join(problems)} ({name}): download them again")
+    check_llm(llm, name)
     return llm, tokenizer
+
+
+@torch.no_grad()
+def check_llm(llm, name) -> None:
+    """Raises VidReasonError unless the LLM reads embeddings, goes on from them, and never looks to the right."""
+    words = llm.get_input_embeddings()
+    e_input = words(torch.tensor([[1, 2, 3, 4]], device=words.weight.device))
+    try:
+        logits = llm(inputs_embeds=e_input, use_cache=False).logits
+        shorter = llm(inputs_embeds=e_input[:, :3], use_cache=False).logits
+        llm.generate(inputs_embeds=e_input, max_new_tokens=1, do_sample=False, pad_token_id=0)
+    except Exception as error:  # whatever a family raises
+        reason = f"LLM cannot read embeddings, which E_vision is: {str(error)[:120]}"
+        raise VidReasonError(f"{reason} ({name}): use another LLM") from error
+    difference = (logits[:, :3] - shorter).float().abs().mean()
+    if difference > 0.03 * shorter.float().std():
+        raise VidReasonError(f"LLM is not causal: its words look at later ones ({name}): use another LLM")

@@ -14,7 +14,7 @@ from torch import nn
 import train
 import vidreason
 from data.program import ROOT
-from plan import llm_on_meta, step_costs
+from plan import blocks_of, llm_on_meta, step_costs
 from vidreason import PRESETS, Conversation, VidReason, pack
 
 
@@ -102,7 +102,7 @@ def full_model(stage, config, settings, device):
     if stage == 2:
         model.add_lora()
     train.parallelise(model.freeze(stage).to(device), settings, device)
-    for block in model.llm.get_decoder().layers:
+    for block in blocks_of(model.llm):
         block.compile(dynamic=True, backend="inductor" if device.type == "cuda" else "aot_eager")
     return model, twin
 
