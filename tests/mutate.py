@@ -31,7 +31,10 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 GUARDS = {  # what is mutated, and the tests that should notice, the fastest first
-    "vidreason.py": ["tests/test_model.py", "tests/test_video.py", "tests/test_upstream.py"],
+    "vidreason.py": [
+        "tests/test_model.py", "tests/test_families.py", "tests/test_video.py", "tests/test_upstream.py",
+        "tests/test_shipped.py::test_readme_answers",
+    ],
     "data/batches.py": [
         "tests/test_batches.py", "tests/test_train.py", "-k",
         "test_batches or order_of_samples or every_video_comes or weights_say",

@@ -728,3 +728,47 @@ def test_the_file_stays_readable():
     assert max(node.end_lineno - node.lineno + 1 for node in functions) <= 60
     public = [node for node in functions if not node.name.startswith("_") and ast.get_docstring(node) is None]
     assert {node.name for node in public} <= {"forward", "to", "device"}
+
+
+# --------------------------------------------------------------------------- numbers that nothing else would notice
+
+
+def test_the_defaults_are_the_paper_s():
+    """Fails if a size of the paper's model, or a threshold of SAM's own, is changed unseen."""
+    paper = asdict(PRESETS["paper"])
+    assert PRESETS["paper"] == vidreason.Config()
+    assert paper == {
+        "num_clips": 4, "frames_per_clip": 8, "image_size": 224, "patch_size": 16, "encoder_width": 768,
+        "encoder_layers": 12, "encoder_heads": 12, "tubelet": 1, "frame_difference": 0.0, "sam": "vit_h",
+        "points_per_side": 16, "masks_per_keyframe": 16, "keyframe_size": 512, "sam_iou_threshold": 0.88,
+        "sam_stability_threshold": 0.95, "num_queries": 32, "fusion_width": 768, "fusion_layers": 8, "fusion_heads": 12,
+        "time_embedding": True, "encoder_weights": "", "sam_weights": "",
+        "llm": "meta-llama/Meta-Llama-3-8B-Instruct", "max_new_tokens": 256, "lora_rank": 64, "lora_alpha": 128,
+    }  # fmt: skip
+    changed = {name: value for name, value in asdict(PRESETS["small"]).items() if value != paper[name]}
+    assert changed == {"sam": "vit_b", "llm": "Qwen/Qwen2.5-0.5B-Instruct"}
+
+
+def test_without_layers_the_core_is_the_mean_of_real_tokens(config):
+    """Fails if padding counts in the ablation "w/o fusion core", or the sum is taken in place of the mean."""
+    z = torch.tensor([[[1.0], [3.0], [50.0]], [[2.0], [4.0], [6.0]]])
+    real = torch.tensor([[True, True, False], [True, True, True]])
+    assert vidreason.masked_mean(z, real).tolist() == [[[2.0]], [[4.0]]]
+
+
+def test_the_llm_is_loaded_in_the_type_that_is_asked_for(model, tmp_path):
+    """Fails if bf16 is forgotten for the LLM, or given to the parts that stay in fp32."""
+    model.save(tmp_path)
+    loaded = VidReason.load(tmp_path, dtype=torch.bfloat16)
+    assert loaded.llm.dtype == torch.bfloat16
+    assert {parameter.dtype for parameter in loaded.fusion.parameters()} == {torch.float32}
+
+
+def test_a_narrow_nucleus_is_greedy(model, config):
+    """Fails if top_p, or a temperature near nought, is not handed on."""
+    features = random_features(config, 3)
+    greedy_answer = model.answer(features, "why ?")
+    for seed in range(3):
+        torch.manual_seed(seed)
+        assert model.answer(features, "why ?", top_p=1e-6) == greedy_answer
+        assert model.answer(features, "why ?", temperature=1e-4) == greedy_answer

@@ -14,6 +14,7 @@ import av
 import numpy as np
 import pytest
 
+import vidreason
 from vidreason import VidReasonError, read_video
 
 FILMS = Path(__file__).resolve().parent / "fixtures" / "video"
@@ -222,3 +223,61 @@ def test_random_films(seed, tmp_path):
 @pytest.mark.parametrize("seed", range(20, 220))
 def test_many_random_films(seed, tmp_path):
     check_film(seed, tmp_path)
+
+
+# ------------------------------------------------------------------------------------- the way, not only the pictures
+
+
+def make_plain_film(path, count=120, rate=4, width=320, height=240, **options):
+    """Numbered pictures as H.264 in mp4, with B-frames and a keyframe every 24 pictures."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=rate, options={"g": "24", "bf": "2", **options})
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        stream.bit_rate = 8_000_000
+        for number in range(count):
+            frame = av.VideoFrame.from_ndarray(draw_picture(number, width, height, 1.0), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
+
+
+def test_sparse_reading_jumps_and_never_falls_back(tmp_path, monkeypatch):
+    """Fails if a jump misses its keyframe, more than the pictures near the wanted ones are decoded, or another picture
+    is announced than is on screen: each time the slow way would give the right pictures all the same."""
+    path = make_plain_film(tmp_path / "film.mp4")
+    passes, decoded = [], []
+    watch, decode = vidreason.watch, vidreason.decode
+
+    def counted_watch(*args):
+        passes.append(args)
+        return watch(*args)
+
+    def counted_decode(*args):
+        for frame in decode(*args):
+            decoded.append(frame.pts)
+            yield frame
+
+    monkeypatch.setattr(vidreason, "watch", counted_watch)
+    monkeypatch.setattr(vidreason, "decode", counted_decode)
+    numbers, times = read_numbers(path, 2, 1)  # at 7.5 and 22.5 s: pictures 30 and 90, the moment they come on screen
+    assert numbers == [30, 90] and times == [7.5, 22.5]
+    assert len(passes) == 1 and len(decoded) < 60
+
+
+def test_large_pictures_are_shrunk_in_shape(tmp_path):
+    """Fails if a picture larger than asked for is stretched, or its short side gets another length."""
+    path = make_plain_film(tmp_path / "film.mp4", count=8, width=640, height=320)
+    numbers, _ = read_numbers(path, 2, 2)
+    assert numbers == [1, 3, 5, 7]
+    _, _, keyframes = read_video(path, 2, 2, SIDE, keyframe_size=100)
+    assert [keyframe.shape for keyframe in keyframes] == [(100, 100, 3)] * 2
+    timeline = vidreason.read_timeline(path)
+    _, pictures = vidreason.pictures_at(path, timeline, np.array([0.3]), 160)
+    assert pictures[0].shape == (3, 160, 320)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_the_length_of_a_film_of_few_pictures(tmp_path, count):
+    """Fails if the last picture's length is lost, or taken from another film's rate."""
+    timeline = vidreason.read_timeline(make_plain_film(tmp_path / "film.mp4", count=count))
+    assert timeline.end == pytest.approx(count / 4) and len(timeline.starts) == count
