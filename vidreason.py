@@ -985,8 +985,7 @@ def target_logprobs(llm, packed: Packed, e_vision: torch.Tensor | None = None) -
     e_input = llm.get_input_embeddings()(packed.ids)
     if e_vision is not None:
         e_input = torch.cat([e_vision.to(e_input.dtype), e_input], dim=1)  # E_input = [E_vision ; E_text]
-    longest = int(packed.position_ids.max()) + 1
-    if reads_packed_rows(llm) and longest <= attention_window(llm):
+    if packed.attention_mask.shape[-1] <= longest_packed_row(llm):
         logits = packed_logits(llm, packed, e_input)
     else:
         logits = unpacked_logits(llm, packed, e_input)
@@ -1028,18 +1027,26 @@ def logits_at(llm, e_input, rows, columns, **inputs):
         hook.remove()
 
 
-PACKABLE = WeakKeyDictionary()  # LLM -> whether it reads packed rows
+LONGEST_PACKED_ROWS = WeakKeyDictionary()  # what longest_packed_row found out
+
+
+def longest_packed_row(llm) -> float:
+    """Up to how many tokens packed rows give the logits that rows of their own give; 0 if they never do."""
+    if llm not in LONGEST_PACKED_ROWS:
+        LONGEST_PACKED_ROWS[llm] = attention_window(llm) if reads_packed_rows(llm) else 0
+    return LONGEST_PACKED_ROWS[llm]
 
 
 def reads_packed_rows(llm) -> bool:
-    """Whether packed rows give the logits that rows of their own give. No list says it of every family (ALiBi, state
-    spaces and convolutions do not, some attentions take no such mask), so each LLM is asked once, with a few tokens."""
-    if llm not in PACKABLE:
-        was_training = llm.training
-        llm.eval()
-        PACKABLE[llm] = agrees_with_itself(llm)
-        llm.train(was_training)
-    return PACKABLE[llm]
+    """Whether packed rows, if short, give the logits of rows of their own. No list says it of every family (ALiBi,
+    state spaces and convolutions do not, some attentions take no such mask), so the LLM is asked, with a few tokens."""
+    if llm.get_input_embeddings().weight.is_meta:  # a plan: there are no logits
+        return True
+    was_training = llm.training
+    llm.eval()
+    agrees = agrees_with_itself(llm)
+    llm.train(was_training)
+    return agrees
 
 
 @torch.no_grad()
