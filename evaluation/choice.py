@@ -1,17 +1,38 @@
 """Reading a multiple-choice reply: which option do these words choose?"""
 
 import re
+import unicodedata
 from dataclasses import dataclass
 from typing import Any
 
 CUE = re.compile(
-    r"""\\boxed|<answer>|["']answer["']\s*:|\b(?P<final>final\s+)?(?:answer|option|choice)\b[*_"'\s]*(?:,\s*\w+,\s*)?"""
-    r"(?:is|are|(?:would|must|should)\s+be|[:=])",
+    r"""\\boxed|<answer>|<\|begin_of_box\|>|["'](?:answer|choice|option)["']\s*:|"""
+    r"""\b(?P<final>final\s+)?(?:answer|option|choice)\b[*_"'\s]*(?:,\s*\w+,\s*)?"""
+    r"(?:is|are|(?:would|must|should)\s+be|[:=])|"
+    r"\b(?:réponse|respuesta|resposta|risposta|antwort|antwoord|ответ|odpowiedź|cevap)\b[*_\s]*(?:est|es|é|è|ist|is|[:—=-])|"
+    r"(?:答案|答え|正解|정답|답)(?:应该|應該)?(?:是|为|為|は|은|는)?\s*:?|(?:选择|選擇|选|選)(?!项|項|擇|择)\s*:?",
     re.IGNORECASE,
 )
 FILLER = re.compile(r"(?:[\W_]|\b(?:text|math\w\w|boxed|most|likely|option|choice|answer|letter)\b)*", re.IGNORECASE)
-LETTER = re.compile(r"([A-Za-z])(?![^\W_]|['’]\w|\.\w\.)")  # not the A of "Answer", "A's" or "a.m."
-LABEL = re.compile(r"^[^\w\n]*([A-Za-z])(?:\s*[-–—:.)\]*]+\s|[^\w\n]*$)", re.MULTILINE)  # a line "B", "(B)", "B: left"
+LATIN = r"[^\W_\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]"  # letters and digits of scripts that part words by blanks
+LETTER = re.compile(rf"([A-Za-z])(?!{LATIN}|['’]\w|\.\w\.)")  # not the A of "Answer", "A's" or "a.m."
+LABEL = re.compile(  # a line "B", "(B)", "B: left", "Option B: left"
+    r"^[^\w\n]*(?:option\s+)?([A-Za-z])(?:\s*[-–—:.)\]*]+\s|[^\w\n]*$|\s*、)", re.MULTILINE | re.IGNORECASE
+)
+STATED = re.compile(  # said of a letter without a cue
+    # "I'd go with C", "It must be C.", "Therefore B", "Probably (B)", "Answer B"
+    r"\b(?:go(?:ing)?\s+with|choose|pick|select|it['’]s|it\s+is|(?:must|should|would|has\s+to)\s+be|one\s+is|answer|"
+    r"therefore|thus|hence|so|definitely|certainly|clearly|probably|likely)[,:]?\s+"
+    r"(?:the\s+)?(?:option|choice|answer|letter)?\s*[*(\"'\[]*([A-Z])[*)\"'\]]*\s*(?=[.,;!\n]|$)|"
+    # "C is right."; "B, because he turns"
+    r"\b(?:option\s+)?\(?([A-Z])\)?\s+is(?:\s+(?:the\s+)?(?:right|correct)(?:\s+\w+)?)?\s*(?=[.!]*\s*$)|"
+    r"^\W*([A-Z]),?\s+(?:because|since)\b|"
+    r"(?:选项|選項)\s*([A-Z])\s*是?(?:正确|正確|对|對)",
+    re.IGNORECASE,
+)
+CORRECTION = re.compile(r"\bnot\s+[^.;:!?\n]{1,60}?,?\s+but\s+(?:rather\s+|instead\s+)?", re.IGNORECASE)
+TAG = re.compile(r"<\|(?!begin_of_box)[^|<>]{1,40}\|>")
+QUOTED = re.compile(r"""(?<![:=])(?<!\bis)(\s)(?:["“][^"”\n]*["”]|['‘](?:yes|no)['’])""", re.IGNORECASE)
 SENTENCE = re.compile(r"[.!?](?:\s|$)|\n")
 CONCLUSION = re.compile(r"\b(?:therefore|thus|hence|in conclusion)\b", re.IGNORECASE)
 NEGATION = re.compile(r" (?:not|never|no|nor|neither|t)(?: \w+){0,2} $")  # t: of "isn't"
@@ -27,7 +48,8 @@ class Claim:
 
 def plain_words(text: Any) -> str:
     """Lower case, no punctuation, one space between words and at either end, so that a search finds whole words."""
-    return " " + " ".join(re.findall(r"[^\W_]+", str(text).casefold())) + " "
+    text = unicodedata.normalize("NFKC", str(text)).casefold()
+    return " " + " ".join(re.findall(r"[^\W_]+", text)) + " "
 
 
 def mentions(text: str, options: list) -> list[int]:
@@ -90,7 +112,7 @@ def claimed(tail: str, options: list) -> Claim | None:
     if opening is not None and (not letter or len(plain_words(options[opening])) > 3):
         return Claim(opening)
 
-    is_article = letter and letter[1] in "AIai" and re.match(r"\s+(?!(?:because|since|as|or|and|is)\b)\w", rest)
+    is_article = letter and letter[1] in "AIai" and re.match(r"[ \t]+(?!(?:because|since|as|or|and|is)\b)\w", rest)
     if not letter or is_article:  # "A man ..." starts with no letter
         mentioned = mentions(SENTENCE.split(tail)[0], options)
         return Claim(mentioned[0]) if len(mentioned) == 1 else None
@@ -107,14 +129,16 @@ def claimed(tail: str, options: list) -> Claim | None:
 def extract_choice(reply: str, options: list) -> int | None:
     """The option that a model's reply chooses -> its index, or None: unparsable, which counts as wrong.
 
-    An explicit final answer, the last one; else a letter that stands alone; else the only option that is mentioned, be
-    it in the conclusion. `options` come without their letters. Held against VLM4D's verdicts, which are an LLM's,
-    cross-checked by hand.
+    An explicit final answer, the last one; else a letter that stands alone; else one that is stated ("I'd go with C");
+    else the only option that is mentioned, be it in the conclusion. A bare number under a key, {"choice": 2}, is an
+    option's text or else its index from zero. `options` come without their letters. Held against VLM4D's verdicts,
+    which are an LLM's, cross-checked by hand.
     """
-    reply = re.sub(r"<think>.*?(?:</think>|$)", "", reply, flags=re.DOTALL)
+    reply = tidy(reply, options)
     cues = list(CUE.finditer(reply))
     for cue in reversed(cues[-20:]):
-        claim = claimed(reply[cue.end() :][:2000], options)
+        tail = reply[cue.end() :][:2000]
+        claim = claimed(tail, options) or numbered(cue[0], tail, options)
         if claim:
             return claim.option
         if cue["final"]:
@@ -124,15 +148,49 @@ def extract_choice(reply: str, options: list) -> int | None:
     if labels:
         if len({label[1] for label in labels}) > 1:  # the reply repeats the list of options
             return None
-        claim = claimed(reply[labels[-1].start() :][:2000], options)
+        claim = claimed(reply[labels[-1].start(1) :][:2000], options)
         return claim.option if claim else None
 
+    stated = stated_letter(reply, options)
+    if stated is not None:
+        return stated
     mentioned = mentions(reply, options)
     if len(mentioned) != 1 and CONCLUSION.search(reply):  # the reasoning weighs several, the conclusion may name one
         mentioned = mentions(CONCLUSION.split(reply)[-1], options)
     if len(mentioned) != 1 or REFUSAL.search(reply):
         return None
     return mentioned[0]
+
+
+def tidy(reply: str, options: list) -> str:
+    """A reply without its thoughts, a chat template's tags, and what it takes back ("not A but B" is "B")."""
+    reply = unicodedata.normalize("NFKC", reply)
+    reply = re.sub(r"<think>.*?(?:</think>|$)", "", reply, flags=re.DOTALL)
+    reply = CORRECTION.sub("", TAG.sub(" ", reply))
+    yes_and_no = {" yes ", " no "}
+    if {plain_words(option) for option in options} == yes_and_no:
+        reply = QUOTED.sub(r"\1", reply)  # what somebody in the video says
+    return reply
+
+
+def numbered(cue: str, tail: str, options: list) -> Claim | None:
+    """{"choice": 2}: the index of an option, from zero."""
+    number = re.match(r"\s*(\d{1,2})\s*[,}]", tail)
+    if not number or cue[0] not in "\"'":
+        return None
+    index = int(number[1])
+    return Claim(index if index < len(options) else None)
+
+
+def stated_letter(reply: str, options: list) -> int | None:
+    """The option whose letter is stated, the last one; what is denied is not stated."""
+    for statement in reversed(list(STATED.finditer(reply))[-20:]):
+        letter = statement[statement.lastindex]
+        before = plain_words(SENTENCE.split(reply[: statement.start()])[-1])
+        index = ord(letter.upper()) - ord("A")
+        if letter.isupper() and index < len(options) and not NEGATION.search(before):
+            return index
+    return None
 
 
 def yes_or_no(reply: str | int) -> bool | None:

@@ -43,7 +43,7 @@ GUARDS = {  # what is mutated, and the tests that should notice, the fastest fir
         "tests/test_score.py", "tests/test_benchmarks.py", "tests/test_readers.py", "tests/test_judging.py",
         "-k", "not command_line and not human and not extractor and not judge",
     ],
-    "evaluation/choice.py": ["tests/test_judging.py", "-k", "extractor or a_choice"],
+    "evaluation/choice.py": ["tests/test_judging.py", "-k", "extractor or a_choice or plain_ways or of_one_s_own"],
 }  # fmt: skip
 OTHER_COMPARISONS = {
     ast.Lt: "<=", ast.LtE: "<", ast.Gt: ">=", ast.GtE: ">", ast.Eq: "!=", ast.NotEq: "==",
