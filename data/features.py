@@ -32,7 +32,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from data.program import TOY_MODEL, Parser, guarded, positive, sha256, write_json
-from data.records import file_of, open_tar, videos_below
+from data.records import contents_of, file_of, open_tar, videos_below
 from vidreason import (
     READER,
     Config,
@@ -128,9 +128,13 @@ def look_at(path: Path, *vision) -> Features:
     if member is None:
         raise VidReasonError(f"no such member ({path}): download the shard again")
 
+    try:
+        contents = contents_of(opened, member)
+    except ValueError as error:
+        raise VidReasonError(f"{error} ({path}): download the shard again") from error
     span = str(path)[len(str(name)) :]
     with tempfile.NamedTemporaryFile(suffix=name.suffix) as file:
-        file.write(opened.extractfile(member).read())
+        file.write(contents)
         file.flush()
         try:
             return perceive(file.name + span, *vision)

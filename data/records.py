@@ -2,14 +2,19 @@
 
     *.jsonl   {"id", "video", "question", "answer"}; without "question" it is a caption (or "caption" stands in place of
               "answer"); without "video" it is text alone and may carry a "context" that is read before the question;
-              "start" and "end" in seconds show a part of the video, as does "video": "film.mp4#t=2.5,8"
+              "start" and "end" in seconds (or h:mm:ss) show a part of the video, as does "video": "film.mp4#t=2.5,8";
+              or a dialogue: "messages" [{"role", "content"}] or LLaVA's "conversations" [{"from", "value"}]
+    *.json    a list of the same
     *.csv     the same columns, or WebVid's: videoid, page_dir, name
     *.tar     webdataset / video2dataset shards: KEY.mp4 with KEY.txt or KEY.json beside it, read where they lie
 """
 
+import codecs
 import csv
 import json
 import os
+import posixpath
+import re
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -22,7 +27,7 @@ from typing import Any
 from vidreason import CAPTION_PROMPT, VidReasonError, split_span
 
 VIDEO_SUFFIXES = (".mp4", ".webm", ".mkv", ".avi", ".mov")
-LETTERS = list("ABCDEFGHIJ")
+LETTERS = list("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
 
 
 # --------------------------------------------------------------------------- one question
@@ -104,7 +109,12 @@ def naming(path: Path, place: Place):
     """Whatever is wrong with a file becomes one line that names the file and the record."""
     try:
         yield
-    except (OSError, UnicodeDecodeError, tarfile.TarError) as error:
+    except UnicodeError as error:
+        advice = "save it as UTF-8"
+        raise VidReasonError(f"the annotations are neither UTF-8 nor UTF-16: {error} ({path}): {advice}") from error
+    except RecursionError as error:
+        raise VidReasonError(f"unreadable record: nested too deeply ({path}, {place.where}): remove it") from error
+    except (OSError, tarfile.TarError) as error:
         raise VidReasonError(f"cannot read the annotations: {error} ({path}): check the path") from error
     except (ValueError, LookupError, TypeError, AttributeError, csv.Error) as error:  # not the layout, mostly
         what = f"no {error}" if isinstance(error, KeyError) else error
@@ -159,7 +169,14 @@ def make_ids_distinct(paths: list[Path], samples_of_files: list[list[Sample]]):
 
 def load(path: Path) -> Any:
     """What a .json file holds."""
-    return json.loads(path.read_text("utf-8-sig"))
+    return json.loads(path.read_text(encoding_of(path)))
+
+
+def encoding_of(path: Path) -> str:
+    """UTF-8, or UTF-16 if the file begins as that does; a mark at the beginning is no part of the text."""
+    with open(path, "rb") as file:
+        beginning = file.read(2)
+    return "utf-16" if beginning in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
 
 
 def load_beside(path: Path, name: str) -> Any:
@@ -175,7 +192,7 @@ def numbered(records: Iterable) -> Iterator[tuple[str, Any]]:
 
 def csv_table(path: Path) -> Iterator[tuple[str, dict]]:
     """Pairs (where, row) of a .csv with a header."""
-    with open(path, encoding="utf-8-sig", newline="") as file:
+    with open(path, encoding=encoding_of(path), newline="") as file:
         rows = csv.DictReader(file)
         for row in rows:
             if None in row:
@@ -185,9 +202,10 @@ def csv_table(path: Path) -> Iterator[tuple[str, dict]]:
 
 def jsonl_lines(path: Path) -> Iterator[tuple[str, str]]:
     """Pairs (where, line) of a .jsonl; lines are parsed by who reads them, so that a bad one is named."""
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding=encoding_of(path)) as file:
         for number, line in enumerate(file, 1):
-            yield f"line {number}", line
+            if line.strip():
+                yield f"line {number}", line
 
 
 # --------------------------------------------------------------------------- our own records
@@ -195,42 +213,47 @@ def jsonl_lines(path: Path) -> Iterator[tuple[str, str]]:
 
 def read_records(path: Path, place: Place) -> Iterator[Sample]:
     """Our own layout, as the top of this file has it; WebVid's .csv and .tar shards become it."""
-    if path.suffix == ".csv":
+    suffix = path.suffix.lower()
+    if suffix == ".csv":
         rows = csv_rows(path)
-    elif path.suffix == ".tar":
+    elif suffix == ".tar":
         rows = tar_rows(path, place.videos)
+    elif suffix == ".json":
+        rows = numbered(load(path))
     else:
         rows = jsonl_lines(path)
     for row in place(rows):
-        yield to_sample(row, place.where)
+        if isinstance(row, str):
+            row = json.loads(row)
+        for question in questions_of(row):
+            yield to_sample(question, place.where)
 
 
-def to_sample(row: dict | str, where: str) -> Sample:
-    """A record, or the line that holds it -> Sample; `where` is its id if it has none.
-
-    With "options" (a list, or texts by letter) "gold" is the right one's index, or else "answer" its text, index or
-    letter, tried in this order. Without them "answer" is a text, or a list of texts that are all right.
-    """
-    if isinstance(row, str):
-        row = json.loads(row)
+def to_sample(row: dict, where: str) -> Sample:
+    """A record -> Sample; `where` is its id if it has none. With "options" see gold_of. Without them "answer" is a text
+    or a number, or a list of such that are all right, of which training says the first."""
     answer = row.get("answer", row.get("caption"))
     also_right = []
-    chosen = {"answer": answer}
     if row.get("options"):
         options = options_of(row["options"])
-        chosen = multiple_choice(options, gold_of(row, answer, options))
-    elif isinstance(answer, list) and answer:
-        chosen["answer"], *also_right = answer
+        chosen = multiple_choice(options.values(), gold_of(row, answer, options))
+    else:
+        right = answer if isinstance(answer, list) else [answer]
+        if not right or any(one is None or isinstance(one, bool) or not str(one).strip() for one in right):
+            raise ValueError('no "answer" or "caption"')
+        first, *also_right = map(text, right)
+        chosen = {"answer": first}
 
-    if not all(isinstance(one, str) and one.strip() for one in (chosen["answer"], *also_right)):
-        raise ValueError('no "answer" or "caption"')
     for name in ("question", "video", "context"):
         if not isinstance(row.get(name) or "", str):
             raise ValueError(f'"{name}" is not text')
+    question = row.get("question", CAPTION_PROMPT)
+    if not (question or "").strip():
+        raise ValueError('"question" is empty: a caption has no "question" at all')
     return Sample(
         id=str(row.get("id", where)),
         video=with_span(row.get("video"), seconds(row.get("start")), seconds(row.get("end"))),
-        question=row.get("question") or CAPTION_PROMPT,
+        question=question,
         category=str(row.get("type") or row.get("category") or ""),
         context=row.get("context") or "",
         also_right=tuple(also_right),
@@ -238,32 +261,120 @@ def to_sample(row: dict | str, where: str) -> Sample:
     )
 
 
-def options_of(options: list | dict | str) -> list[str]:
-    """A record's options as texts; given as a list, as texts by letter, or as either in JSON (a field of a .csv)."""
+# --------------------------------------------------------------------------- which option is right
+
+
+def options_of(options: list | dict | str) -> dict[str, str]:
+    """A record's options by their keys, in their order: texts by key, or a list, whose keys are the letters; either may
+    stand in JSON (a field of a .csv). Two that read the same are refused: nobody could tell which was chosen."""
     if isinstance(options, str):
         options = json.loads(options)
-    if isinstance(options, dict):
-        options = [options[letter] for letter in sorted(options)]
-    if not isinstance(options, list):
+    if isinstance(options, list):
+        if len(options) > len(LETTERS):
+            raise ValueError(f"{len(options)} options: at most {len(LETTERS)} can have a letter")
+        options = dict(zip(LETTERS, options, strict=False))
+    if not isinstance(options, dict):
         raise ValueError('"options" is neither a list nor texts by letter')
-    return [text(option) for option in options]
+    texts = {key.strip(): text(options[key]) for key in sorted(options)}
+    if len(set(texts.values())) < len(texts):
+        raise ValueError(f"two options read the same: {', '.join(texts.values())}")
+    return texts
 
 
-def gold_of(row: dict, answer: Any, options: list[str]) -> int:
-    """The index of the right option, as the record says it."""
-    if row.get("gold") is not None:
-        return row["gold"]
-    if isinstance(answer, int) and str(answer) not in options and "gold" not in row:
-        return answer
-    answer = str(answer).strip()
-    if answer in LETTERS and answer not in options:
-        return LETTERS.index(answer)
-    return index_of(answer, options)
+def gold_of(row: dict, answer: Any, options: dict[str, str]) -> int:
+    """The place of the right option, from zero. The one rule for what a record may say of it:
+
+    "gold" is that place, or the option's key; else "answer" is, if it is text, the option's text or its key (a letter
+    in either case), and if it is a number, that place or the option's text. What can be read in two ways, or is true
+    or false, is refused.
+    """
+    keys = [key.casefold() for key in options]
+    texts = list(options.values())
+    said = row.get("gold")
+    if said is None:
+        said = answer
+    if isinstance(said, bool) or not isinstance(said, (str, int)):
+        raise ValueError(f"the answer {said!r} is no option's text, letter or number")
+
+    readings = set()
+    word = str(said).strip()
+    is_number = isinstance(said, int) or (row.get("gold") is not None and word.isdecimal())
+    if is_number and int(word) in range(len(texts)):
+        readings.add(int(word))
+    if word.casefold() in keys:
+        readings.add(keys.index(word.casefold()))
+    if word in texts and row.get("gold") is None:
+        readings.add(texts.index(word))
+    if not readings:
+        raise ValueError(f'the answer {word!r} is none of {", ".join(texts)} (the place of one, from zero, is "gold")')
+    if len(readings) > 1:
+        raise ValueError(f'the answer {word!r} may mean more than one of {", ".join(texts)}: say its place in "gold"')
+    return readings.pop()
+
+
+# --------------------------------------------------------------------------- dialogues
+
+ASKS = ("human", "user")
+SAYS = ("gpt", "assistant", "model")
+
+
+def questions_of(row: dict) -> list[dict]:
+    """A record as it is; a dialogue as a record for each answer in it. The question of a later one is all that was said
+    before, with the question: one text."""
+    turns = row.get("messages", row.get("conversations"))
+    if turns is None:
+        return [row]
+    records = []
+    before = []
+    shared = {key: value for key, value in row.items() if key not in ("messages", "conversations", "videos")}
+    for turn in turns:
+        role = turn.get("role", turn.get("from"))
+        words, videos = content_of(turn.get("content", turn.get("value")))
+        named = [*videos, *(row.get("videos") or [])]
+        if named:
+            shared.setdefault("video", named[0])
+        if role in SAYS:
+            question = "\n".join(before)
+            records.append({**shared, "question": question, "answer": words})
+        elif role not in (*ASKS, "system"):
+            raise ValueError(f"a turn of {role!r}: neither of a user nor of an assistant")
+        before.append(words)
+
+    if not records:
+        raise ValueError("a dialogue without an answer")
+    if len(records) > 1 and "id" in row:
+        for number, record in enumerate(records, 1):
+            record["id"] = f"{row['id']}/{number}"
+    return records
+
+
+def content_of(content: str | list) -> tuple[str, list[str]]:
+    """What a turn says -> (its words without the marks where a video stood, names of videos)"""
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    words, videos = [], []
+    for part in parts:
+        if part["type"] == "text":
+            words.append(re.sub(r"\s*<(?:video|image)>\s*", " ", part["text"]).strip())
+        elif part["type"] == "video":
+            videos.append(str(part["video"]).removeprefix("file://"))
+        else:
+            raise ValueError(f"a turn with {part['type']!r}: only text and video can be read")
+    return "\n".join(word for word in words if word), videos
+
+
+# --------------------------------------------------------------------------- parts of a video
 
 
 def seconds(value: Any) -> float | None:
-    """A record's "start" or "end"; None if it has none."""
-    return None if value in (None, "") else float(value)
+    """A record's "start" or "end", in seconds or as h:mm:ss; None if it has none."""
+    if value in (None, ""):
+        return None
+    if not isinstance(value, str):
+        return float(value)
+    total = 0.0
+    for part in value.split(":"):  # 00:01:03.5
+        total = 60 * total + float(part)
+    return total
 
 
 def with_span(video: str | None, start: float | None, end: float | None) -> str | None:
@@ -279,11 +390,11 @@ def with_span(video: str | None, start: float | None, end: float | None) -> str 
 
 def csv_rows(path: Path) -> Iterator[tuple[str, dict]]:
     """Pairs (where, record) of a .csv with our columns or WebVid's."""
-    with open(path, encoding="utf-8-sig", newline="") as file:
+    with open(path, encoding=encoding_of(path), newline="") as file:
         for number, fields in enumerate(csv.DictReader(file), 2):  # line 1 is the header
             if None in fields:
                 raise ValueError(f"line {number} has more fields than the header: put texts with commas in quotes")
-            row = {key: value for key, value in fields.items() if key and value}
+            row = {key: value for key, value in fields.items() if key and (value or key == "question")}
             if "videoid" in row:  # WebVid: <page_dir>/<videoid>.mp4, the caption is called name
                 row = {"id": row["videoid"], "caption": row.get("name"), **row}
                 row["video"] = str(Path(row.get("page_dir", ""), f"{row['videoid']}.mp4"))
@@ -309,30 +420,46 @@ def tar_keys(tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, bytes]]]:
     """(KEY, {suffix: bytes}) of a shard, whose members of one KEY stand side by side, as webdataset asks."""
     key, parts = None, {}
     for member in tar:
-        folder, _, name = member.name.rpartition("/")
-        stem, _, suffix = name.partition(".")
-        if not member.isfile() or not stem:
+        member_key, suffix = parted(posixpath.normpath(member.name))
+        is_file = member.isfile() or member.issym() or member.islnk()
+        if not is_file or not posixpath.basename(member_key):
             continue
-
-        member_key = f"{folder}/{stem}".lstrip("/")
         if member_key != key and key is not None:
             yield key, parts
             parts = {}
         key = member_key
-        suffix = f".{suffix.lower()}"
-        is_text = suffix in (".txt", ".json")
-        parts[suffix] = tar.extractfile(member).read() if is_text else b""  # videos stay where they lie
+        is_text = suffix.lower() in (".txt", ".json")
+        parts[suffix] = contents_of(tar, member) if is_text else b""  # videos stay where they lie
     if key is not None:
         yield key, parts
 
 
+def parted(name: str) -> tuple[str, str]:
+    """A member's name -> (KEY, suffix); what is no video, text or JSON is parted at its first dot, as by webdataset."""
+    stem, suffix = posixpath.splitext(name)
+    if suffix.lower() in (*VIDEO_SUFFIXES, ".txt", ".json"):
+        return stem, suffix
+    folder, slash, file = name.rpartition("/")
+    stem, _, suffix = file.partition(".")
+    return f"{folder}{slash}{stem}", f".{suffix}"
+
+
+def contents_of(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    """What a member holds, or the one that it is a link to."""
+    try:
+        return tar.extractfile(member).read()
+    except (KeyError, AttributeError) as error:
+        raise ValueError(f"{member.name} is a link that leads nowhere") from error
+
+
 def tar_row(shard: str, key: str, parts: dict[str, bytes]) -> dict:
     """The record of one KEY: what its .json says, and its .txt as the caption."""
-    suffix = next((suffix for suffix in VIDEO_SUFFIXES if suffix in parts), ".mp4")
-    row = json.loads(parts[".json"]) if ".json" in parts else {}
+    by_lower_case = {suffix.lower(): suffix for suffix in parts}
+    suffix = next((by_lower_case[suffix] for suffix in VIDEO_SUFFIXES if suffix in by_lower_case), ".mp4")
+    row = json.loads(parts[by_lower_case[".json"]]) if ".json" in by_lower_case else {}
     row |= {"id": key, "video": f"{shard}/{key}{suffix}"}
-    if ".txt" in parts:
-        row["caption"] = parts[".txt"].decode().strip()
+    if ".txt" in by_lower_case:
+        row["caption"] = parts[by_lower_case[".txt"]].decode().strip()
     return row
 
 
@@ -340,7 +467,7 @@ def tar_row(shard: str, key: str, parts: dict[str, bytes]) -> dict:
 def open_tar(path: Path) -> tuple[tarfile.TarFile, dict[str, tarfile.TarInfo]]:
     """A tar and where each of its members lies; kept open, because finding that out reads all of it."""
     tar = tarfile.open(path)
-    return tar, {member.name: member for member in tar}
+    return tar, {posixpath.normpath(member.name): member for member in tar}
 
 
 # --------------------------------------------------------------------------- where videos lie

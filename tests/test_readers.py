@@ -5,15 +5,18 @@ descriptive questions: hand-written files of the documented layouts stand in, an
 """
 
 import csv
+import io
 import json
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
 from conftest import write_rows
 
 from data.benchmarks import BENCHMARKS, as_asked, read_predictions, read_samples, split_weight
+from data.records import open_tar
 from evaluation.score import score_predictions
 from vidreason import VidReasonError
 
@@ -374,8 +377,8 @@ def test_records_with_options(tmp_path):
         {"id": "text", "video": "a.mp4", "question": "q", "options": ["x", "y"], "answer": "y", "type": "why"},
         {"id": "letter", "question": "q", "options": {"B": "y", "A": "x"}, "answer": "B"},
         {"id": "index", "question": "q", "options": ["x", "y"], "answer": 1},
-        {"id": "number", "question": "q", "options": [3, 2, 1], "answer": 1},
-        {"id": "gold", "question": "q", "options": ["y", "y"], "gold": 1},
+        {"id": "number", "question": "q", "options": [3, 2, 7], "answer": 7},
+        {"id": "gold", "question": "q", "options": ["x", "y"], "gold": 1},
         {"id": "open", "video": "a.mp4", "question": "q", "answer": ["y", "z"], "start": 1, "end": 2.5},
         {"id": "rest", "video": "a.mp4", "question": "q", "answer": "y", "start": 1, "end": None},
     ]
@@ -383,12 +386,165 @@ def test_records_with_options(tmp_path):
     assert {name: s.gold for name, s in samples.items()} == {
         "text": 1, "letter": 1, "index": 1, "number": 2, "gold": 1, "open": None, "rest": None,
     }  # fmt: skip
-    assert samples["number"].answer == "1" and samples["text"].category == "why"
+    assert samples["number"].answer == "7" and samples["text"].category == "why"
     assert samples["open"].also_right == ("z",) and samples["open"].video == "a.mp4#t=1.000,2.500"
     assert samples["rest"].video == "a.mp4#t=1.000,"
     for span in ({"start": -1}, {"start": 2, "end": 1}, {"end": float("nan")}, {"video": "a.mp4#t=1", "start": 2}):
         with pytest.raises(VidReasonError, match="name no span of the video.*line 1"):
             read("jsonl", write_rows(tmp_path / "bad.jsonl", [{**rows[0], **span}]))
+
+
+@pytest.mark.parametrize(
+    "fields, gold",
+    [
+        ({"options": ["x", "y"], "answer": "b"}, 1),  # a letter in lower case
+        ({"options": {"A": "x", "C": "y", "D": "z"}, "answer": "C"}, 1),  # a key, not the third letter
+        ({"options": {"a": "x", "b": "y"}, "answer": "B"}, 1),
+        ({"options": ["x", "y"], "answer": 0}, 0),  # a place, from zero
+        ({"options": ["x", "y"], "gold": "1"}, 1),  # of a .csv
+        ({"options": ["x", "y"], "gold": "B"}, 1),
+        ({"options": ["2", "4"], "gold": 1, "answer": "4"}, 1),
+        ({"options": ["2", "4"], "answer": "4"}, 1),  # text is never a place
+        ({"options": ["1", "0"], "gold": 0}, 0),  # gold is never a text
+        ({"options": [f"word {i}" for i in range(14)], "answer": "N"}, 13),
+        ({"options": '["x", "y"]', "answer": " y "}, 1),
+    ],
+)
+def test_what_an_answer_may_be(fields, gold, tmp_path):
+    """Fails if a letter, a key, a place or a text is read as another one of them."""
+    path = write_rows(tmp_path / "r.jsonl", [{"id": "a", "question": "q", **fields}])
+    assert read("jsonl", path)["a"].gold == gold
+
+
+@pytest.mark.parametrize(
+    "fields, says",
+    [
+        ({"options": ["x", "y"], "answer": True}, "True is no option"),
+        ({"options": ["x", "y"], "answer": False}, "False is no option"),
+        ({"options": ["x", "y"], "gold": True}, "True is no option"),
+        ({"options": ["x", "y"], "answer": 1.0}, "1.0 is no option"),
+        ({"options": ["x", "y"], "answer": ["x"]}, "is no option"),
+        ({"options": ["x", "y"], "answer": 2}, "'2' is none of x, y"),
+        ({"options": ["x", "y"], "answer": -1}, "'-1' is none of"),
+        ({"options": {"A": "x", "C": "y"}, "answer": "B"}, "'B' is none of"),
+        ({"options": [3, 2, 1], "answer": 1}, "may mean more than one"),  # a place or a text
+        ({"options": {"A": "B", "B": "A"}, "answer": "A"}, "may mean more than one"),  # a key or a text
+        ({"options": ["y", "y", "z"], "answer": "y"}, "two options read the same"),
+        ({"options": ["x", "y "] + ["y"], "answer": "x"}, "two options read the same"),
+        ({"answer": True}, 'no "answer"'),
+        ({"answer": "  "}, 'no "answer"'),
+        ({"answer": "x", "question": ""}, '"question" is empty'),
+        ({"answer": "x", "question": "  "}, '"question" is empty'),
+        ({"answer": "x", "question": None}, '"question" is empty'),
+    ],
+)
+def test_an_answer_that_could_be_misread_is_refused(fields, says, tmp_path):
+    """Fails if one of these is guessed at, or the message does not name file and line."""
+    good = {"question": "q", "answer": "a"}
+    path = write_rows(tmp_path / "r.jsonl", [good, {"question": "q", **fields}])
+    with pytest.raises(VidReasonError, match=says) as error:
+        read("jsonl", path)
+    assert "r.jsonl, line 2" in str(error.value)
+
+
+def test_an_empty_question_of_a_csv_is_refused(tmp_path):
+    """Fails if it becomes the prompt of a caption."""
+    path = write_rows(tmp_path / "r.csv", [{"video": "a.mp4", "question": "", "answer": "x"}])
+    with pytest.raises(VidReasonError, match='"question" is empty.*line 2'):
+        read("jsonl", path)
+
+
+def test_dialogues_as_most_tools_write_them(tmp_path):
+    """Fails if LLaVA's or the messages layout is refused, a turn is lost, or a mark where a video stood is read."""
+    human = {"from": "human", "value": "<video>\nWhy did it break?"}
+    llava = [human, {"from": "gpt", "value": "It fell."}]
+    llava += [{"from": "human", "value": "When?"}, {"from": "gpt", "value": "Then."}]
+    parts = [{"type": "video", "video": "file://b.mp4"}, {"type": "text", "text": "What moves?"}]
+    said = [{"role": "user", "content": parts}, {"role": "assistant", "content": [{"type": "text", "text": "A ball."}]}]
+    plain = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "<video> Who?"}]
+    plain.append({"role": "assistant", "content": "He."})
+    rows = [
+        {"id": "l", "video": "a.mp4", "conversations": llava},
+        {"id": "m", "messages": said},
+        {"id": "p", "messages": plain, "videos": ["c.mp4"]},
+    ]
+    for name in ("r.json", "r.jsonl"):
+        samples = read("jsonl", write_rows(tmp_path / name, rows))
+        assert {key: (s.video, s.question, s.answer) for key, s in samples.items()} == {
+            "l/1": ("a.mp4", "Why did it break?", "It fell."),
+            "l/2": ("a.mp4", "Why did it break?\nIt fell.\nWhen?", "Then."),
+            "m": ("b.mp4", "What moves?", "A ball."),
+            "p": ("c.mp4", "Be short.\nWho?", "He."),
+        }
+
+
+@pytest.mark.parametrize(
+    "turns, says",
+    [
+        ([{"role": "user", "content": "q"}], "without an answer"),
+        ([{"role": "tool", "content": "q"}], "a turn of 'tool'"),
+        ([{"role": "user", "content": [{"type": "image", "image": "a.png"}]}], "a turn with 'image'"),
+        ([{"role": "assistant", "content": "a"}], '"question" is empty'),
+    ],
+)
+def test_a_dialogue_that_cannot_be_used_is_named(turns, says, tmp_path):
+    """Fails if it is a traceback, or a picture is passed over without a word."""
+    path = write_rows(tmp_path / "r.jsonl", [{"video": "a.mp4", "messages": turns}])
+    with pytest.raises(VidReasonError, match=f"{says}.*line 1"):
+        read("jsonl", path)
+
+
+def test_plain_records_that_were_refused(tmp_path):
+    """Fails if a number as an answer, a time as h:mm:ss, a mark of UTF-8, UTF-16 or a blank line stops a run."""
+    row = {"id": "a", "video": "a.mp4", "question": "how many?", "answer": 3, "start": "00:01:03.5", "end": "1:05"}
+    line = json.dumps(row)
+    for text, encoding in (("\ufeff" + line, "utf-8"), (f"\n{line}\n\n", "utf-8"), (line, "utf-16")):
+        (tmp_path / "r.jsonl").write_text(text, encoding)
+        sample = read("jsonl", tmp_path / "r.jsonl")["a"]
+        assert (sample.answer, sample.video) == ("3", "a.mp4#t=63.500,65.000")
+    (tmp_path / "r.csv").write_text("video,caption\na.mp4,ein Bär\n", "utf-16")
+    assert [s.answer for s in read("jsonl", tmp_path / "r.csv").values()] == ["ein Bär"]
+
+
+def test_other_encodings_and_deep_nesting_are_named(tmp_path):
+    """Fails if letters come out as others, or a file that nests too deeply is a traceback."""
+    (tmp_path / "r.jsonl").write_bytes('{"video": "a.mp4", "caption": "ein Bär"}'.encode("latin-1"))
+    with pytest.raises(VidReasonError, match="neither UTF-8 nor UTF-16.*r.jsonl.*save it as UTF-8"):
+        read("jsonl", tmp_path / "r.jsonl")
+    (tmp_path / "deep.jsonl").write_text('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}")
+    with pytest.raises(VidReasonError, match="deep.jsonl"):
+        read("jsonl", tmp_path / "deep.jsonl")
+
+
+def test_members_of_a_tar_as_tools_name_them(tmp_path):
+    """Fails if dots, ./, upper case or a link in a shard lose a record, or name a member that is not there."""
+    path = tmp_path / "0.tar"
+    with tarfile.open(path, "w") as tar:
+
+        def add(name, content=b"", link=""):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            if link:
+                member.type, member.linkname = tarfile.SYMTYPE, link
+            tar.addfile(member, io.BytesIO(content))
+
+        add("./a.b.v2.mp4", b"film")
+        add("./a.b.v2.txt", b"first")
+        add("sub/C.MP4", b"film")
+        add("sub/C.TXT", b"second")
+        add("d.mp4", link="a.b.v2.mp4")
+        add("d.txt", b"third")
+    samples = read("jsonl", path)
+    said = {name: (Path(s.video).name, s.answer) for name, s in samples.items()}
+    assert said == {"a.b.v2": ("a.b.v2.mp4", "first"), "sub/C": ("C.MP4", "second"), "d": ("d.mp4", "third")}
+    opened, members = open_tar(path)
+    inside = [str(Path(s.video).relative_to(path)) for s in samples.values()]
+    assert all(name in members for name in inside)
+
+    with tarfile.open(tmp_path / "1.tar", "w") as tar:
+        add("e.txt", link="nowhere.txt")
+    with pytest.raises(VidReasonError, match="e.txt is a link that leads nowhere.*1.tar"):
+        read("jsonl", tmp_path / "1.tar")
 
 
 def test_ids_that_collide_become_distinct(tmp_path):
