@@ -43,7 +43,16 @@ class Batches:
     cache: Features by the name of a video; samples of videos that are not in it are left out.
     """
 
-    def __init__(self, settings, samples: Iterable[Sample], cache, tokenizer, num_queries: int, rank=0, world=1):
+    def __init__(
+        self,
+        settings,
+        samples: Iterable[Sample],
+        cache,
+        tokenizer,
+        num_queries: int,
+        rank: int = 0,
+        world: int = 1,
+    ):
         self.settings = settings
         self.cache = cache
         self.tokenizer = tokenizer
@@ -75,12 +84,13 @@ class Batches:
         about_texts = [self.row_of_text(index) for index in self.texts(k)]
         micro_batches = []
         for rows in self.parts_of(about_videos):
-            packed = pack([row.conversation for row in rows], self.num_queries)
-            vision = collate_features([self.cache[row.video] for row in rows])
-            micro_batches.append((packed, vision))
+            conversations = [row.conversation for row in rows]
+            features = [self.cache[row.video] for row in rows]
+            packed = pack(conversations, self.num_queries)
+            micro_batches.append((packed, collate_features(features)))
         for rows in self.parts_of(about_texts):
-            packed = pack([row.conversation for row in rows], 0)
-            micro_batches.append((packed, None))
+            conversations = [row.conversation for row in rows]
+            micro_batches.append((pack(conversations, num_queries=0), None))
         return micro_batches
 
     # ------------------------------------------------------------- which samples: functions of the seed and a number
@@ -104,9 +114,11 @@ class Batches:
     def samples_at(self, place: int) -> tuple[str, list[Sample]]:
         """-> (name of a video, those of its samples that are asked at this place)"""
         epoch, position = divmod(place, self.epoch_length)
-        (name, _), samples = self.videos[self.order(epoch)[position]]
+        index = self.order(epoch)[position]
+        (name, _), samples = self.videos[index]
         mixed = self.draw(QUESTIONS, place).permutation(len(samples))
-        return name, [samples[i] for i in mixed[: self.settings.pairs_per_video]]
+        asked = mixed[: self.settings.pairs_per_video]
+        return name, [samples[i] for i in asked]
 
     def texts(self, k: int) -> np.ndarray:
         """Indices of this rank's text-only samples of step k."""

@@ -61,7 +61,9 @@ def test_read_samples(tmp_path):
     assert text.video is None and text.context == "a story"
 
 
-@pytest.mark.parametrize("line", ["{", "[]", '{"video": "a.mp4"}', '{"answer": true}', '{"answer": "x", "question": 5}'])
+@pytest.mark.parametrize(
+    "line", ["{", "[]", '{"video": "a.mp4"}', '{"answer": true}', '{"answer": "x", "question": 5}']
+)
 def test_bad_records_are_named_by_file_and_line(tmp_path, line):
     path = tmp_path / "records.jsonl"
     path.write_text('{"answer": "fine"}\n' + line)
