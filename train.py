@@ -838,7 +838,8 @@ def run(given: Settings):
     notes = [
         f"stage {settings.stage}: {len(batches.videos)} videos ({asked - len(cache.videos)} of {asked} unreadable), "
         f"{settings.max_steps} steps of {settings.batch}, "
-        f"on {world()} × {device.type}, {torch.get_num_threads()} threads each"
+        f"on {world()} × {device.type}, {torch.get_num_threads()} threads each",
+        *note_on_answers(samples),
     ]
 
     if settings.compile:
@@ -863,6 +864,14 @@ def run(given: Settings):
     if dist.is_initialized():
         barrier()  # without it gloo aborts at exit now and then
         dist.destroy_process_group()
+
+
+def note_on_answers(samples: list[Sample]) -> list[str]:
+    """What should be known of answers before they are trained."""
+    several = sum(bool(sample.also_right) for sample in samples)
+    if not several:
+        return []
+    return [f"{several} questions have more than one right answer: the first one of each is trained"]
 
 
 def features_of(samples: list[Sample], model, settings: Settings, device, patient) -> tuple[FeatureCache, int]:

@@ -7,6 +7,7 @@ import torch
 from conftest import tiny_tokenizer
 
 import train
+from data.records import Sample
 from vidreason import Conversation, collate_features, encode_pair, pack
 
 SETTINGS = SimpleNamespace(
@@ -76,3 +77,11 @@ def test_a_step_moves_every_trained_matrix_and_nothing_else(model, videos):
     moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
     matrices = {name for name, parameter in before.items() if name.startswith("fusion.") and parameter.ndim == 2}
     assert matrices <= moved <= {name for name in before if name.startswith("fusion.")}
+
+
+def test_of_several_right_answers_the_first_is_trained_and_that_is_said():
+    """Fails if the others are left out without a word, or the word comes where there are none."""
+    plain = Sample("1", "a.mp4", "why ?", "red")
+    assert train.note_on_answers([plain]) == []
+    (note,) = train.note_on_answers([plain, Sample("2", "a.mp4", "why ?", "red", also_right=("blue",))])
+    assert note.startswith("1 questions have more than one right answer: the first")
