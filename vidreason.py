@@ -812,15 +812,15 @@ CAPTION_PROMPT = "Describe the video."
 def encode_prompt(tokenizer, prompt: str) -> list[int]:
     """Token ids of a user's turn and all that the chat template writes before the assistant's words."""
     turn = template_of(tokenizer, tokenizer.chat_template)
-    return token_ids(tokenizer, turn.before + plain(tokenizer, prompt) + turn.between)
+    return token_ids(tokenizer, turn.before + turn.plain(prompt) + turn.between)
 
 
 def encode_pair(tokenizer, prompt: str, target: str) -> tuple[list[int], list[int]]:
     """-> (prompt ids, target ids): the target is what the assistant adds, up to the template's end-of-turn token.
     Blanks around a text are not part of it, and a text that spells a special token does not become one."""
     turn = template_of(tokenizer, tokenizer.chat_template)
-    asked = turn.before + plain(tokenizer, prompt) + turn.between
-    said = turn.lead + plain(tokenizer, target) + turn.end
+    asked = turn.before + turn.plain(prompt) + turn.between
+    said = turn.lead + turn.plain(target) + turn.end
     prompt_ids = token_ids(tokenizer, asked)
     ids = token_ids(tokenizer, asked + said)
     start = len(prompt_ids)
@@ -837,19 +837,6 @@ def token_ids(tokenizer, text):
     return list(tokenizer(text, add_special_tokens=False).input_ids)
 
 
-def plain(tokenizer, text):
-    """A text without blanks around it, the special tokens that it spells broken in two: "<|im_end|>", "< |im_end|>"."""
-    text = text.strip()
-    for token in special_tokens(tokenizer):
-        text = text.replace(token, f"{token[:1]} {token[1:]}")
-    return text
-
-
-def special_tokens(tokenizer):
-    """What the tokenizer takes for more than text."""
-    return [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-
-
 class Turn(NamedTuple):
     """What a chat template writes around a question and its answer: [before | Q | between | lead | A | end]."""
 
@@ -857,6 +844,11 @@ class Turn(NamedTuple):
     between: str
     lead: str  # blanks that the answer's first token carries
     end: str  # up to the first special token; empty if there is none
+    special: re.Pattern  # what the tokenizer takes for more than text
+
+    def plain(self, text: str) -> str:
+        """A text without blanks around it, the special tokens that it spells broken in two: "< |im_end|>"."""
+        return self.special.sub(lambda token: f"{token[0][:1]} {token[0][1:]}", text.strip())
 
 
 @lru_cache(maxsize=8)
@@ -891,12 +883,11 @@ def template_of(tokenizer, chat_template) -> Turn:
         lead = between[len(begun) :]
         between = begun
 
-    end = ""
-    specials = "|".join(map(re.escape, special_tokens(tokenizer)))
-    end_of_turn = re.match(f"(.*?)({specials})", after, re.DOTALL) if specials else None
-    if end_of_turn:
-        end = end_of_turn[0]
-    return Turn(before, between, lead, end)
+    names = [re.escape(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    special = re.compile("|".join(names) or "(?!)")  # without any, what matches nothing
+    end_of_turn = special.search(after)
+    end = after[: end_of_turn.end()] if end_of_turn else ""
+    return Turn(before, between, lead, end, special)
 
 
 @dataclass
@@ -1562,7 +1553,7 @@ def check_llm(llm, name) -> None:
     try:
         logits = llm(inputs_embeds=e_input, use_cache=False).logits
         shorter = llm(inputs_embeds=e_input[:, :3], use_cache=False).logits
-        llm.generate(inputs_embeds=e_input, max_new_tokens=1, do_sample=False, pad_token_id=0)
+        llm.generate(inputs_embeds=e_input, generation_config=GenerationConfig(max_new_tokens=1, pad_token_id=0))
     except Exception as error:  # whatever a family raises
         reason = f"LLM cannot read embeddings, which E_vision is: {str(error)[:120]}"
         raise VidReasonError(f"{reason} ({name}): use another LLM") from error
