@@ -420,7 +420,7 @@ def tar_keys(tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, bytes]]]:
     """(KEY, {suffix: bytes}) of a shard, whose members of one KEY stand side by side, as webdataset asks."""
     key, parts = None, {}
     for member in tar:
-        member_key, suffix = parted(posixpath.normpath(member.name))
+        member_key, suffix = parted(name_of(member))
         is_file = member.isfile() or member.issym() or member.islnk()
         if not is_file or not posixpath.basename(member_key):
             continue
@@ -432,6 +432,11 @@ def tar_keys(tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, bytes]]]:
         parts[suffix] = contents_of(tar, member) if is_text else b""  # videos stay where they lie
     if key is not None:
         yield key, parts
+
+
+def name_of(member: tarfile.TarInfo) -> str:
+    """A member's name without ./ and a leading slash. Members are looked up by it: none is a path outside the tar."""
+    return posixpath.normpath(member.name).lstrip("/")
 
 
 def parted(name: str) -> tuple[str, str]:
@@ -467,7 +472,7 @@ def tar_row(shard: str, key: str, parts: dict[str, bytes]) -> dict:
 def open_tar(path: Path) -> tuple[tarfile.TarFile, dict[str, tarfile.TarInfo]]:
     """A tar and where each of its members lies; kept open, because finding that out reads all of it."""
     tar = tarfile.open(path)
-    return tar, {posixpath.normpath(member.name): member for member in tar}
+    return tar, {name_of(member): member for member in tar}
 
 
 # --------------------------------------------------------------------------- where videos lie

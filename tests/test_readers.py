@@ -16,7 +16,7 @@ import pytest
 from conftest import write_rows
 
 from data.benchmarks import BENCHMARKS, as_asked, read_predictions, read_samples, split_weight
-from data.records import open_tar
+from data.records import contents_of, open_tar
 from evaluation.score import score_predictions
 from vidreason import VidReasonError
 
@@ -545,6 +545,25 @@ def test_members_of_a_tar_as_tools_name_them(tmp_path):
         add("e.txt", link="nowhere.txt")
     with pytest.raises(VidReasonError, match="e.txt is a link that leads nowhere.*1.tar"):
         read("jsonl", tmp_path / "1.tar")
+
+
+def test_no_member_of_a_tar_leads_out_of_it(tmp_path):
+    """Fails if a file beside the shard, or anywhere else, is read in place of a member of that name."""
+    (tmp_path / "outside.txt").write_text("secret")
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    with tarfile.open(folder / "0.tar", "w") as tar:
+        for stem in ("../outside", "/absolute", "a/../../b"):
+            for suffix in (".mp4", ".txt"):
+                member = tarfile.TarInfo(stem + suffix)
+                member.size = 6
+                tar.addfile(member, io.BytesIO(b"inside"))
+    samples = read("jsonl", folder / "0.tar")
+    assert {name: s.answer for name, s in samples.items()} == dict.fromkeys(["../outside", "absolute", "../b"], "inside")
+    opened, members = open_tar(folder / "0.tar")
+    for sample in samples.values():
+        name = Path(sample.video).relative_to(folder / "0.tar")
+        assert contents_of(opened, members[str(name)]) == b"inside"
 
 
 def test_ids_that_collide_become_distinct(tmp_path):
