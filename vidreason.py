@@ -992,7 +992,7 @@ def packed_logits(llm, packed, e_input):
 def unpacked_logits(llm, packed, e_input):
     """(M, vocabulary), from a row for each pair: what the last position of a pair may look at, in its order."""
     sequences, rows, columns = [], [], []
-    pairs, sizes = packed.owner.unique_consecutive(return_counts=True)
+    _, sizes = packed.owner.unique_consecutive(return_counts=True)  # of the pairs, which stand one after another
     places = zip(packed.rows.split(sizes.tolist()), packed.columns.split(sizes.tolist()), strict=True)
     for row, (rows_of_pair, columns_of_pair) in enumerate(places):
         visible = packed.attention_mask[rows_of_pair[0], 0, columns_of_pair[-1]].nonzero()[:, 0]

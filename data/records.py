@@ -272,7 +272,7 @@ def options_of(options: list | dict | str) -> dict[str, str]:
     if isinstance(options, list):
         if len(options) > len(LETTERS):
             raise ValueError(f"{len(options)} options: at most {len(LETTERS)} can have a letter")
-        options = dict(zip(LETTERS, options, strict=False))
+        options = dict(zip(LETTERS[: len(options)], options, strict=True))
     if not isinstance(options, dict):
         raise ValueError('"options" is neither a list nor texts by letter')
     texts = {key.strip(): text(options[key]) for key in sorted(options)}
